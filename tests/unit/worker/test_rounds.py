@@ -545,7 +545,7 @@ async def test_moments_are_pulled_where_the_version_shares_them(asked: int, answ
     channel = open_channel(f"127.0.0.1:{port}")
     weights, moments = ({bundle.index: bundle for bundle in found} for found in (plan.bundles, plan.moment_bundles))
     book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
-    pull = ServerPull(plan, plan.servers[0], weights, ParameterServerStub(channel), book, moments)
+    pull = ServerPull(plan, plan.servers[0], weights, ParameterServerStub(channel), book, moments, Timeline())
     try:
         assert await asyncio.wait_for(pull.version(asked, None, None), 20) == answered
         expected = [[*weights, *moments] if with_moments else list(weights) for with_moments in shares]

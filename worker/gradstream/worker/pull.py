@@ -34,7 +34,10 @@ class OvertakenError(Exception):
 
 
 class ServerPull:
-    """One server's part of a pull: first the version, then its bundles. The version's answer sets `push_codec`.
+    """One server's part of a pull: the version, and its bundles. The version's answer sets `push_codec`.
+
+    Early bundles come before the answer. They are held until it says that the version is the expected one and was not
+    skipped.
 
     `bundles` are those of the weights, `moments` those that are pulled besides at versions that share moments.
     """
@@ -47,6 +50,7 @@ class ServerPull:
         stub: ParameterServerStub,
         book: CodecBook,
         moments: dict[int, Bundle],
+        timeline: Timeline,
         on_bundle: Callable[[], None] = lambda: None,
     ):
         self.server = server
@@ -62,6 +66,9 @@ class ServerPull:
         self._on_bundle = on_bundle
         self._bundles = bundles
         self._moments = moments
+        self._timeline = timeline
+        self._early: list[Arrival] = []
+        self._begin_ns = 0
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
 
     async def version(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
@@ -89,13 +96,11 @@ class ServerPull:
                 bundles=list(self._bundles_at(min_version)),
                 held_version=held_version,
                 measured=measured,
+                early=held_version is not None and self._plan.rounds.is_round(held_version),
             )
             try:
                 self._call = self._stub.Pull(request)
-                first = await self._call.read()
-                if not isinstance(first, bytes):  # the end of the stream
-                    raise ProtocolError(f"server {self.server.name} ended a pull without an answer")
-                header = self._header(first)[0]
+                header = await self._answer(min_version)
                 self.push_codec = codec_on_wire(header.push_codec).name
                 self.checkpoint = header.checkpoint
                 self.unreachable_since = None
@@ -110,7 +115,55 @@ class ServerPull:
                     log.info("a pull waits for its server", server=self.server.name, cause=one_line(error))
             await asyncio.sleep(backoff.next())
 
-    async def receive(self, inbox: Inbox, timeline: Timeline) -> int:
+    async def _answer(self, min_version: int) -> pb.WeightsHeader:
+        """Read the answer that names the version, and hold the early bundles before it. Raises ProtocolError."""
+        assert self._call is not None
+        bundles = self._bundles_at(min_version)
+        missing = set(bundles)
+        assembler: Assembler[pb.WeightsHeader] = Assembler()
+        self._early = []
+        self._begin_ns = 0
+        while isinstance(message := await self._call.read(), bytes):
+            self.unreachable_since = None
+            encoded, piece = parse(message)
+            header = None if encoded is None else _decode(bytes(encoded), self.server)
+            if header is not None and not header.payload_bytes:
+                if header.early_void or header.version != min_version:
+                    self._early = []
+                return header
+            self._begin_ns = self._begin_ns or clock_ns()
+            arrival = self._take(header, piece, assembler, min_version, bundles, missing)
+            if arrival is not None:
+                self._early.append(arrival)
+        raise ProtocolError(f"server {self.server.name} ended a pull without an answer")
+
+    def _take(
+        self,
+        header: pb.WeightsHeader | None,
+        piece: memoryview,
+        assembler: Assembler[pb.WeightsHeader],
+        version: int,
+        bundles: Mapping[int, Bundle],
+        missing: set[int],
+    ) -> Arrival | None:
+        """Take a message of a bundle; return the bundle once it is whole. Raises ProtocolError."""
+        if header is not None:
+            self._check(header, version, bundles, missing)
+            assembler.begin(header)
+        whole = assembler.add(piece)
+        if whole is None:
+            return None
+        header, payload = whole
+        verify(header, payload, f"bundle {header.bundle} of version {header.version}")
+        missing.discard(header.bundle)
+        # The stream carries one bundle after another: a bundle's first byte follows the last byte of the bundle before.
+        end_ns = clock_ns()
+        self._timeline.add(SpanKind.RECEIVE, self._begin_ns, end_ns, None, header.bundle, payload.nbytes)
+        self._begin_ns = end_ns
+        self._on_bundle()
+        return Arrival(header, payload)
+
+    async def receive(self, inbox: Inbox) -> int:
         """Move this server's bundles into the inbox; return the number of their bytes.
 
         Raises OvertakenError, ProtocolError, AioRpcError.
@@ -121,27 +174,24 @@ class ServerPull:
         missing = set(bundles)
         assembler: Assembler[pb.WeightsHeader] = Assembler()
         num_bytes = 0
-        # The stream carries one bundle after another: a bundle's first byte follows the last byte of the bundle before.
-        begin_ns = clock_ns()
+
+        def put(arrival: Arrival) -> None:
+            nonlocal num_bytes
+            num_bytes += arrival.payload.nbytes
+            inbox.put(arrival)
+
+        early, self._early = self._early, []
+        for arrival in early:
+            missing.discard(arrival.header.bundle)
+            put(arrival)
+        self._begin_ns = clock_ns()
         try:
             # Always read(): grpc.aio does not allow mixing read() with iteration.
             while isinstance(message := await self._call.read(), bytes):
                 encoded, piece = parse(message)
-                if encoded is not None:
-                    header = _decode(bytes(encoded), self.server)
-                    self._check(header, inbox.version, bundles, missing)
-                    assembler.begin(header)
-                whole = assembler.add(piece)
-                if whole is not None:
-                    header, payload = whole
-                    verify(header, payload, f"bundle {header.bundle} of version {header.version}")
-                    missing.discard(header.bundle)
-                    num_bytes += payload.nbytes
-                    end_ns = clock_ns()
-                    timeline.add(SpanKind.RECEIVE, begin_ns, end_ns, None, header.bundle, payload.nbytes)
-                    begin_ns = end_ns
-                    inbox.put(Arrival(header, payload))
-                    self._on_bundle()
+                header = None if encoded is None else _decode(bytes(encoded), self.server)
+                if whole := self._take(header, piece, assembler, inbox.version, bundles, missing):
+                    put(whole)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:
                 raise OvertakenError from None
@@ -155,12 +205,6 @@ class ServerPull:
         if self._call is not None:
             self._call.cancel()
             self._call = None
-
-    def _header(self, message: bytes) -> tuple[pb.WeightsHeader, memoryview]:
-        encoded, piece = parse(message)
-        if encoded is None:
-            raise ProtocolError(f"server {self.server.name} answered a pull without a header")
-        return _decode(bytes(encoded), self.server), piece
 
     def _check(self, header: pb.WeightsHeader, version: int, bundles: Mapping[int, Bundle], missing: set[int]) -> None:
         """Check a header against the plan before anything is allocated for it. Raises ProtocolError."""
@@ -228,7 +272,9 @@ class Puller:
             await self.settled()
             if self._inbox is not None and self._inbox.failed:
                 held_version = None
-        pulls = self._asking = [ServerPull(self._plan, *target, self._count) for target in self._targets]
+        pulls = self._asking = [
+            ServerPull(self._plan, *target, self._timeline, self._count) for target in self._targets
+        ]
         try:
             versions = list(
                 await asyncio.gather(*(pull.version(min_version, held_version, measured) for pull in pulls))
@@ -271,7 +317,7 @@ class Puller:
 
     async def _receive(self, pulls: list[ServerPull], inbox: Inbox) -> None:
         try:
-            received = await asyncio.gather(*(pull.receive(inbox, self._timeline) for pull in pulls))
+            received = await asyncio.gather(*(pull.receive(inbox) for pull in pulls))
             self.received_bytes += sum(received)
         except asyncio.CancelledError:
             inbox.fail()

@@ -22,14 +22,23 @@ class OuterOptimizer:
         self._config = config
         self.momenta = [torch.zeros_like(weights_N) for weights_N in weights] if config.momentum else []
 
-    @torch.no_grad()
     def step(self) -> None:
         """Update the weights in place."""
+        self._update(self._weights, self._differences, self.momenta)
+
+    def preview(self, weights: Sequence[torch.Tensor], differences: Sequence[torch.Tensor]) -> None:
+        """Update copies of the weights by copies of the differences, in place, as `step` will. Nothing else changes."""
+        self._update(weights, differences, [momentum_N.clone() for momentum_N in self.momenta])
+
+    @torch.no_grad()
+    def _update(
+        self, weights: Sequence[torch.Tensor], differences: Sequence[torch.Tensor], momenta: Sequence[torch.Tensor]
+    ) -> None:
         config = self._config
         sgd(
-            self._weights,
-            self._differences,
-            [*self.momenta] or [None] * len(self._weights),
+            list(weights),
+            list(differences),
+            [*momenta] or [None] * len(weights),
             fused=True,
             weight_decay=0.0,
             momentum=config.momentum,

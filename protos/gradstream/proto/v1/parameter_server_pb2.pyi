@@ -210,6 +210,7 @@ class PullRequest(_message.Message):
     BUNDLES_FIELD_NUMBER: _builtins.int
     HELD_VERSION_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
+    EARLY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -220,6 +221,8 @@ class PullRequest(_message.Message):
     """The version of these bundles that the worker holds: the next one can then be sent as a delta. Absent when the
     worker holds none, or not all bundles at the same version.
     """
+    early: _builtins.bool
+    """True: bundles of min_version may come before that version is decided, if it ends a round and follows held_version."""
     @_builtins.property
     def bundles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The requested bundles, in the requested order. This server must hold all of them."""
@@ -237,10 +240,11 @@ class PullRequest(_message.Message):
         bundles: _abc.Iterable[_builtins.int] | None = ...,
         held_version: _builtins.int | None = ...,
         measured: Global___LinkMeasurement | None = ...,
+        early: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version", "measured", b"measured"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "bundles", b"bundles", "epoch", b"epoch", "held_version", b"held_version", "job_id", b"job_id", "measured", b"measured", "min_version", b"min_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "bundles", b"bundles", "early", b"early", "epoch", b"epoch", "held_version", b"held_version", "job_id", b"job_id", "measured", b"measured", "min_version", b"min_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_version: _TypeAlias = _typing.Literal["held_version"]  # noqa: Y015
     _WhichOneofArgType__held_version: _TypeAlias = _typing.Literal["_held_version", b"_held_version"]  # noqa: Y015
@@ -293,14 +297,17 @@ class WeightsHeader(_message.Message):
     PUSH_CODEC_FIELD_NUMBER: _builtins.int
     FRAGMENT_BYTES_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    EARLY_VOID_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """The version of all bundles in this stream."""
+    """The version of all bundles in this stream. Early bundles, which come before the response that names the version,
+    have PullRequest.min_version.
+    """
     bundle: _builtins.int
     """Index of the bundle in the plan."""
     codec: _plan_pb2.Codec.ValueType
     """The codec of these weights. The codec of each fragment follows from it and from the tensor's kind.
-    CODEC_UNSPECIFIED in the stream's first response, which has no payload.
+    CODEC_UNSPECIFIED in the response that names the version, which has no payload.
     """
     payload_bytes: _builtins.int
     """Bytes of the payload over all its pieces."""
@@ -309,9 +316,15 @@ class WeightsHeader(_message.Message):
     delta: _builtins.bool
     """True: the payload is the difference to the version before, which is PullRequest.held_version."""
     push_codec: _plan_pb2.Codec.ValueType
-    """In the stream's first response only: the codec for contributions to this version."""
+    """In the response that names the version only: the codec for contributions to this version."""
     checkpoint: _builtins.bool
-    """In the stream's first response only: this version gets a checkpoint, to which workers add their slots' residuals."""
+    """In the response that names the version only: this version gets a checkpoint, to which workers add their slots'
+    residuals.
+    """
+    early_void: _builtins.bool
+    """In the response that names the version only: the early bundles of this stream do not hold, because the round was
+    skipped or another version is current. All bundles follow.
+    """
     padding: _builtins.bytes
     """Zeros, as in ContributionHeader."""
     @_builtins.property
@@ -330,11 +343,12 @@ class WeightsHeader(_message.Message):
         push_codec: _plan_pb2.Codec.ValueType = ...,
         fragment_bytes: _abc.Iterable[_builtins.int] | None = ...,
         checkpoint: _builtins.bool = ...,
+        early_void: _builtins.bool = ...,
         padding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "codec", b"codec", "crc32c", b"crc32c", "delta", b"delta", "fragment_bytes", b"fragment_bytes", "padding", b"padding", "payload_bytes", b"payload_bytes", "push_codec", b"push_codec", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "codec", b"codec", "crc32c", b"crc32c", "delta", b"delta", "early_void", b"early_void", "fragment_bytes", b"fragment_bytes", "padding", b"padding", "payload_bytes", b"payload_bytes", "push_codec", b"push_codec", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -352,7 +366,7 @@ class PullResponse(_message.Message):
     """The next piece of the payload, at most 2 MiB. The last field, so that it is framed without a copy."""
     @_builtins.property
     def header(self) -> Global___WeightsHeader:
-        """Set on the stream's first message and on the first message of each bundle."""
+        """Set on the message that names the version and on the first message of each bundle."""
 
     def __init__(
         self,

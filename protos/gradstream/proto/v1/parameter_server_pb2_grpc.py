@@ -71,8 +71,8 @@ class ParameterServerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
-        in the requested order.
+        """Requests a version. The server names the version once it or a later one is decided, and then streams the bundles in
+        the requested order. Early bundles come before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,8 +39,8 @@ class ParameterServerServiceStub:
     with the same bytes as protobuf.
     """
     Pull: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]
-    """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
-    in the requested order.
+    """Requests a version. The server names the version once it or a later one is decided, and then streams the bundles in
+    the requested order. Early bundles come before.
     """
     CompleteStep: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteStepRequest, _parameter_server_pb2.CompleteStepResponse]
     """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
@@ -60,8 +60,8 @@ class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
     with the same bytes as protobuf.
     """
     Pull: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]  # type: ignore[assignment]
-    """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
-    in the requested order.
+    """Requests a version. The server names the version once it or a later one is decided, and then streams the bundles in
+    the requested order. Early bundles come before.
     """
     CompleteStep: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteStepRequest, _parameter_server_pb2.CompleteStepResponse]  # type: ignore[assignment]
     """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
@@ -90,8 +90,8 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _parameter_server_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PullResponse], _abc.AsyncIterator[_parameter_server_pb2.PullResponse]]:
-        """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
-        in the requested order.
+        """Requests a version. The server names the version once it or a later one is decided, and then streams the bundles in
+        the requested order. Early bundles come before.
         """
 
     @_abc_1.abstractmethod

@@ -116,6 +116,14 @@ class BundleState(ABC):
     def apply_round(self, num_tokens: int, num_steps: int) -> None:
         """Update the bundle by the mean of a round of `num_steps` inner steps over its tokens; worker thread."""
 
+    @abstractmethod
+    def preview_round(self, num_tokens: int, version: int, codec: str) -> PublishedBundle | None:
+        """What workers with the version before will get at `version`, which the round under way makes; worker thread.
+
+        It is what `apply_round` and `publish` will make if the round is not skipped. Nothing changes. The bundle must
+        be complete. None if workers get the whole bundle at that version.
+        """
+
     def publish(self, version: int, codec: str) -> None:
         """Encode a version for workers' pulls; `codec` is the codec of its differences. Worker thread."""
         with self._publishing:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from gradstream.core.codecs.payloads import CodecBook, Slices
+from gradstream.core.codecs.payloads import CodecBook, Slices, slices
 from gradstream.core.plan.plan import Plan
 from gradstream.services.parameter_server.bundle_state import BundleState
-from gradstream.services.parameter_server.publication import WholePublisher
+from gradstream.services.parameter_server.publication import PublishedBundle, WholePublisher
 from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 
@@ -38,6 +38,10 @@ class MomentBundle(BundleState):
         self._sum.result_N.mul_(1.0 / num_tokens)
         for values_N, mean_N in zip(self._values, self._sums, strict=True):
             values_N.copy_(mean_N)
+
+    def preview_round(self, num_tokens: int, version: int, codec: str) -> PublishedBundle | None:
+        mean = slices(self._sum.result_N * (1.0 / num_tokens), self.bundle)
+        return self._publisher.preview(version, codec, mean)
 
 
 def moment_bundles(plan: Plan, weights: Iterable[WeightBundle], book: CodecBook) -> dict[int, list[MomentBundle]]:

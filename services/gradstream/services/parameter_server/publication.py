@@ -59,6 +59,13 @@ class Publisher(ABC):
         """Encode the current weights as a version; `codec` is the codec of its differences."""
 
     @abstractmethod
+    def preview(self, version: int, codec: str, weights: Slices) -> PublishedBundle | None:
+        """What workers with the version before would get if these weights were published as `version`.
+
+        Nothing changes. None if that is not a difference although the codec has differences.
+        """
+
+    @abstractmethod
     def full(self) -> PublishedBundle:
         """The whole bundle at the version published last."""
 
@@ -93,8 +100,10 @@ class WholePublisher(Publisher):
         self._codec = codec
 
     def publish(self, version: int, codec: str) -> None:
-        payloads = self._codec.encode(self._weights, version)
-        self._full = frame_bundle(version, self._codec, payloads, delta=False)
+        self._full = self.preview(version, codec, self._weights)
+
+    def preview(self, version: int, codec: str, weights: Slices) -> PublishedBundle:
+        return frame_bundle(version, self._codec, self._codec.encode(weights, version), delta=False)
 
     def full(self) -> PublishedBundle:
         assert self._full is not None
@@ -129,12 +138,24 @@ class DeltaPublisher(Publisher):
         if first:
             if not self._restored:
                 self._reference_N.copy_(self._weights_N)
-        elif version % self._keyframe_versions == 0:
+        elif self._is_keyframe(version):
             self._reference_N.copy_(self._weights_N)
         else:
-            bundle_codec = self._book.delta(self._bundle, codec)
-            payloads = bundle_codec.encode_delta(self._weights, self._references, version)
-            self.delta = frame_bundle(version, bundle_codec, payloads, delta=True)
+            self.delta = self._difference(version, codec, self._weights, self._references)
+
+    def preview(self, version: int, codec: str, weights: Slices) -> PublishedBundle | None:
+        if self._is_keyframe(version):
+            return None
+        return self._difference(version, codec, weights, slices(self._reference_N.clone(), self._bundle))
+
+    def _is_keyframe(self, version: int) -> bool:
+        return version % self._keyframe_versions == 0
+
+    def _difference(self, version: int, codec: str, weights: Slices, references: Slices) -> PublishedBundle:
+        """Encode the difference of weights to references, and add it to the latter as workers do."""
+        bundle_codec = self._book.delta(self._bundle, codec)
+        payloads = bundle_codec.encode_delta(weights, references, version)
+        return frame_bundle(version, bundle_codec, payloads, delta=True)
 
     def full(self) -> PublishedBundle:
         if self._full is None:
@@ -171,11 +192,17 @@ class XorPublisher(Publisher):
         self._full = self.delta = None
         self._version = version
         if held:
-            packed = []
-            for plane, now, before in zip(self._delta_codec.codecs, payloads, held, strict=True):
-                assert isinstance(plane, PlaneCodec)
-                packed.append(plane.pack(np.bitwise_xor(now, before)))
-            self.delta = frame_bundle(version, self._delta_codec, packed, delta=True)
+            self.delta = self._difference(version, payloads, held)
+
+    def preview(self, version: int, codec: str, weights: Slices) -> PublishedBundle:
+        return self._difference(version, self._full_codec.encode(weights, version), self._held)
+
+    def _difference(self, version: int, now: list[Payload], before: list[Payload]) -> PublishedBundle:
+        packed = []
+        for plane, payload, held in zip(self._delta_codec.codecs, now, before, strict=True):
+            assert isinstance(plane, PlaneCodec)
+            packed.append(plane.pack(np.bitwise_xor(payload, held)))
+        return frame_bundle(version, self._delta_codec, packed, delta=True)
 
     def full(self) -> PublishedBundle:
         if self._full is None:

@@ -126,22 +126,38 @@ class ParameterServerServicer:
                     raise ProtocolError(f"pull of bundle {unknown[0]}, which server {shard.index} does not hold")
                 if request.HasField("measured"):
                     shard.measured(context.peer(), request.measured)
+                sent: set[int] = set()
+                if request.early and request.HasField("held_version"):
+                    upcoming = request.held_version + 1
+                    coming = shard.early(request.job_id, request.epoch, upcoming, request.bundles)
+                    async for index, published in coming:
+                        sent.add(index)
+                        for message in published.messages:
+                            yield message
+                        shard.sent_bytes += published.num_bytes
                 version = await shard.wait_version(request.job_id, request.epoch, request.min_version)
+                holds = request.HasField("held_version") and request.held_version + 1 == version
+                if not holds or shard.skipped:
+                    sent.clear()
                 first = pb.WeightsHeader(
-                    version=version, push_codec=shard.push_codec.wire, checkpoint=shard.checkpointed
+                    version=version,
+                    push_codec=shard.push_codec.wire,
+                    checkpoint=shard.checkpointed,
+                    early_void=not sent,
                 )
                 yield frame(first.SerializeToString())
-                holds = request.HasField("held_version") and request.held_version + 1 == version
                 for index in shard.pulled(version, request.bundles):
-                    published = await shard.published(request.job_id, request.epoch, index, version, holds)
-                    if published is None:
+                    if index in sent:
+                        continue
+                    later = await shard.published(request.job_id, request.epoch, index, version, holds)
+                    if later is None:
                         await context.abort(
                             grpc.StatusCode.ABORTED, f"version {version} was overtaken during the pull; pull again"
                         )
                         return
-                    for message in published.messages:
+                    for message in later.messages:
                         yield message
-                    shard.sent_bytes += published.num_bytes
+                    shard.sent_bytes += later.num_bytes
 
     async def CompleteStep(self, request: pb.CompleteStepRequest, context: Context) -> pb.CompleteStepResponse:
         """Take another server's report that it has completed a step, on the leader; answer with the decision."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,6 +38,7 @@ from gradstream.services.parameter_server.accumulation import Accumulation
 from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.checkpointing import CheckpointWriter
 from gradstream.services.parameter_server.commit import CompletedStep, Decision, Update
+from gradstream.services.parameter_server.early import EarlyBundles
 from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.loading import load_bundles
 from gradstream.services.parameter_server.moment_bundle import moment_bundles
@@ -82,6 +83,7 @@ class Shard:
         self.traffic = traffic(plan)[index]
         self.version = -1  # -1 while the shard loads
         self.checkpointed = False  # whether `version` gets a checkpoint
+        self.skipped = False  # whether the step that made `version` was skipped
         self.failed = False  # whether the shard failed: its state is of no more use
         self.phase = Phase("loading", time.time())
         self.sent_bytes = 0
@@ -106,6 +108,7 @@ class Shard:
         self.checkpoints = CheckpointWriter(plan, index, self.weights, executor, report_checkpoint, self._spawn)
         self._tuner = Tuner(plan) if is_tuned(recipe.codec) and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
+        self._early = EarlyBundles(executor, self._notify)
         self._executor = executor
         self._complete_at_leader = complete_at_leader
         self._report_step = report_step
@@ -183,6 +186,9 @@ class Shard:
     async def _add(self, state: BundleState) -> None:
         if await self.accumulation.add(state, self.version, self.push_codec):
             self._spawn(self._commit())
+        elif state.complete and self.plan.rounds.is_round(self.version):
+            num_tokens = self.accumulation.totals().num_tokens  # every slot has contributed to this bundle
+            self._spawn(self._early.make(state, num_tokens, self.version + 1, self.pull_codec))
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
@@ -195,11 +201,12 @@ class Shard:
         report = commit.completion(plan, self.index, step, self.accumulation.expected, totals, pulled_bytes)
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         self._faults.decided(step)
+        await self._early.settle()
         # From here on version step + 1 is decided. No worker can contribute to it before pulling every fragment, so a
         # contribution that arrives while fragments are being updated belongs to the step that is over.
         # Set before workers learn of the version:
         update = commit.update_of(plan, decision)
-        self.checkpointed = decision.checkpoint
+        self.checkpointed, self.skipped = decision.checkpoint, decision.skip
         push_codec, self.push_codec = self.push_codec.wire, codec_on_wire(decision.push_codec)
         self.pull_codec = update.pull_codec
         self._enter(step + 1, "applying")
@@ -281,6 +288,24 @@ class Shard:
             if self.version >= max(0, min_version):
                 return self.version
             await self._changed.wait()
+
+    async def early(
+        self, job_id: str, epoch: int, version: int, bundles: Iterable[int]
+    ) -> AsyncIterator[tuple[int, PublishedBundle]]:
+        """Yield bundles of the next version, `version`, as they are made, until it is decided. Raises StaleEpochError.
+
+        They are for workers with the version before. They do not hold if the round is skipped.
+        """
+        sent: set[int] = set()
+        while True:
+            self.check_epoch(job_id, epoch)
+            if self.version != version - 1:
+                return
+            if (made := self._early.next(bundles, sent)) is None:
+                await self._changed.wait()
+            else:
+                sent.add(made[0])
+                yield made
 
     def pulled(self, version: int, bundles: Iterable[int]) -> list[int]:
         """Those of `bundles` that a version has. Moments are pulled only where a round begins with them."""

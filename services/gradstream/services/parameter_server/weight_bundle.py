@@ -24,7 +24,7 @@ from gradstream.core.pretrained.base import BaseReader
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.services.parameter_server.bf16_moments import Bf16MomentsOptimizer
 from gradstream.services.parameter_server.bundle_state import BundleState
-from gradstream.services.parameter_server.publication import publisher
+from gradstream.services.parameter_server.publication import PublishedBundle, publisher
 
 State = dict[str, npt.NDArray[Any]]
 FragmentState = tuple[Fragment, State]
@@ -96,6 +96,12 @@ class WeightBundle(BundleState):
         self._outer.step()
         if self._shares_moments and isinstance(self._optimizer, OptimizerState):
             self._optimizer.count(num_steps)
+
+    def preview_round(self, num_tokens: int, version: int, codec: str) -> PublishedBundle | None:
+        assert self._outer is not None
+        weights = slices(self._weights_N.clone(), self.bundle)
+        self._outer.preview(weights, slices(self._sum.result_N * (1.0 / num_tokens), self.bundle))
+        return self._publisher.preview(version, codec, weights)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

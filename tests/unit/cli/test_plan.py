@@ -246,9 +246,11 @@ def test_the_plan_of_a_job_with_local_steps(recipe: str, here: None, capsys: pyt
     (pushed, pulled), size = (link["step_bytes"] for link in plain["links"]), shared["num_parameters"]
     assert [link["step_bytes"] for link in shared["links"]] == [pushed + 2 * 2 * 2 * size, pulled + 2 * 2 * size]
     assert [link["step_bytes"] for link in exact["links"]] == [pushed + 2 * 2 * 4 * size, pulled + 2 * 4 * size]
-    # A round begins when its version has fully arrived, and the first of two slots is sent after half of the compute.
+    # The first of two slots is sent after half of the compute. The version comes while the second one is sent, and a
+    # round begins when all of it has come.
     push, pull, compute = shared["push_seconds"], shared["pull_seconds"], shared["compute_seconds"]
-    assert shared["exposed_seconds"] == pytest.approx(max(0.0, push - compute / 2) + pull)
+    exposed = max(push / 2, push - compute / 2) + max(0.0, pull - push / 2)
+    assert shared["exposed_seconds"] == pytest.approx(exposed)
     assert shared["step_seconds"] == pytest.approx((compute + shared["exposed_seconds"]) / 30)
     assert shared["utilisation"] == pytest.approx(compute / (compute + shared["exposed_seconds"]))
     assert shared["tokens_per_second"] == pytest.approx(8 * 32 / shared["step_seconds"])

@@ -33,7 +33,8 @@ class Pace:
     """The seconds of an exchange, and of the compute of each step before it.
 
     A worker computes `share` slots. Push overlaps the compute after the first slot's, and `push_overlap` seconds
-    besides; pull overlaps `pull_overlap` seconds.
+    besides, but at least `late_push_seconds` of it overlap none. Pull overlaps `pull_overlap` seconds of compute or
+    push.
     """
 
     compute_seconds: float
@@ -42,11 +43,12 @@ class Pace:
     share: int = 1
     push_overlap: float = 0.0
     pull_overlap: float = 0.0
+    late_push_seconds: float = 0.0
 
     def exposed_seconds(self, num_steps: int) -> float:
         """The time of an exchange after `num_steps` steps that does not overlap compute."""
         pushed_late = self.push_seconds - num_steps * self.compute_seconds * (1 - 1 / self.share) - self.push_overlap
-        return max(0.0, pushed_late) + max(0.0, self.pull_seconds - self.pull_overlap)
+        return max(self.late_push_seconds, pushed_late) + max(0.0, self.pull_seconds - self.pull_overlap)
 
     def utilisation(self, num_steps: int) -> float | None:
         """The share of the time in which workers compute, with an exchange every `num_steps` steps."""
@@ -113,13 +115,16 @@ def exchange_of(
         # A reduction goes through all places up and down.
         reduction = 2 * sum(latency_seconds + num_bytes / per_second for num_bytes in reduced)
         bubble = max(0.0, simulation.bubble)
+        # A round's last slot is sent when its compute is over. Its bundles come back while the next ones are sent.
+        last_slot = push_seconds / share if local is not None else 0.0
         pace = Pace(
             compute_seconds=runs * (simulation.makespan + reduction),
             push_seconds=push_seconds,
             pull_seconds=pull_seconds,
             share=share,
             push_overlap=min(cost[Op.BACKWARD] for cost in costs.compute) if local is None else 0.0,
-            pull_overlap=min(cost[Op.FORWARD] for cost in costs.compute) if local is None else 0.0,
+            pull_overlap=min(cost[Op.FORWARD] for cost in costs.compute) if local is None else last_slot,
+            late_push_seconds=last_slot,
         )
     return Exchange(
         num_replicas=num_replicas,

@@ -40,8 +40,8 @@ def forecast(
     transmission. Where slots take different numbers of inner steps, compute is that of the worker that takes longest
     with the slots that it would hold, and transfers are those of even numbers of slots. Push overlaps the compute after
     the first slot's gradient begins to be final. Pull overlaps the forward pass of one microbatch. In a round, push
-    overlaps the compute after the first slot's last inner step, and pull overlaps nothing: a round begins when its
-    version has fully arrived.
+    overlaps the compute after the first slot's last inner step, and pull the push of the last slot; a round begins when
+    its version has fully arrived.
 
     Not included: encoding and decoding, the servers' own work, the inner optimizer's update, commits and checkpoints,
     messages between stages that share a link with push and pull, data in messages besides tensors, the gain of

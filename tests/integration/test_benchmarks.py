@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["codecs", "fine_tuning", "generation", "local", "parity", "pipeline", "scale", "server", "step", "transport"]
+NAMES = [
+    "codecs",
+    "fine_tuning",
+    "generation",
+    "local",
+    "overlap",
+    "parity",
+    "pipeline",
+    "scale",
+    "server",
+    "step",
+    "transport",
+]
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +49,7 @@ def test_every_benchmark_is_tried_here() -> None:
         ("fine_tuning", []),  # with the cluster of bench-step
         ("generation", []),
         ("local", []),
+        ("overlap", []),
         ("parity", []),
         ("pipeline", ["--no-gradstream"]),
         ("scale", ["--servers", "1"]),

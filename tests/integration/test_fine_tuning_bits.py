@@ -24,7 +24,7 @@ def test_same_bits_on_any_number_of_workers_servers_and_stages(cluster: Cluster,
     num_targets = sum(int((rows[1] != NO_TARGET).sum()) for rows in random_rows(7, seed=2))
     digests: dict[str, dict[str, str]] = {model: {} for model in configs}
 
-    def tune(model: str, name: str, num_workers: int, num_servers: int = 1, **pipeline: Any) -> None:
+    def tune(model: str, name: str, num_workers: int, num_servers: int = 1, local: Any = None, **pipeline: Any) -> None:
         recipe = tuning_recipe(
             bases[model],
             data,
@@ -34,23 +34,28 @@ def test_same_bits_on_any_number_of_workers_servers_and_stages(cluster: Cluster,
             fine_tuning={"held": "int8", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "rslora": True}},
             training={"recompute": name == "recomputed", "num_steps": 4},
             pipeline=pipeline,
+            local=local,
             cluster={"min_workers": num_workers, "min_servers": num_servers},
         )
         job = cluster.client.submit(recipe)
         cluster.finish(job.job_id, 60.0)
-        digests[model][name] = cluster.final_digest(job.job_id)
+        digests.setdefault(f"{model} in rounds" if local else model, {})[name] = cluster.final_digest(job.job_id)
         items = cluster.client.watch(job.job_id, follow=False)
         assert {item.num_tokens for item in items if isinstance(item, Validation)} == {num_targets}
 
     cluster.start_coordinator()
     cluster.start_servers("server-0")
     cluster.start_workers("worker-0")
+    rounds = {"steps": 2}
     for model in configs:
         tune(model, "one", 1)
+    tune("llama", "one", 1, local=rounds)
     cluster.start_workers("worker-1")
     cluster.start_servers("server-1", "server-2")
     tune("llama", "two-on-three", 2, 3)
     tune("llama", "recomputed", 2, 3, stages=2, schedule="1f1b")
+    tune("llama", "two-on-three", 2, 3, local=rounds)
+    tune("llama", "recomputed", 2, 3, local=rounds, stages=2)
     for model in configs:
         tune(model, "zero-bubble", 2, 3, stages=2, schedule="zero-bubble")
     cluster.start_workers("worker-2", "worker-3")
@@ -59,6 +64,7 @@ def test_same_bits_on_any_number_of_workers_servers_and_stages(cluster: Cluster,
         tune(model, "four-stages", 4, 3, stages=4)
     for found in digests.values():
         assert len(set(found.values())) == 1, digests
+    assert len(digests["llama in rounds"]) == 3
 
 
 def test_the_best_version_is_kept_and_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.cluster import Cluster, running
+from support.plain_rounds import plain_losses
 from support.tiny import tiny_recipe
 
 from gradstream.client import Step
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.data.sampler import SlotSampler
 from gradstream.core.model.model import build, initial_weights
-from gradstream.core.recipe.learning_rate import rate_of_step
 from gradstream.core.recipe.recipe import Recipe
 
 LENGTH = 5
@@ -51,68 +51,30 @@ def activity_of(cluster: Cluster, name: str) -> str:
     return next(node.activity.detail for node in cluster.client.nodes() if node.name == name)
 
 
-def plain_losses(recipe: Recipe, data: Path) -> list[float]:
-    """The mean loss of every round: torch's AdamW inside with shared moments, torch's SGD outside, in one process."""
-    assert recipe.local is not None
+def losses_of_one_process(recipe: Recipe, data: Path) -> list[float]:
+    """The mean loss of every round."""
     torch.set_num_threads(1)
     manifest = parse_manifest((data / "manifest.json").read_bytes())
-    training, config, outer = recipe.training, recipe.optimizer, recipe.local.outer
+    training = recipe.training
     model = build(recipe.model.config)
-    parameters = list(model.parameters())
     with torch.no_grad():
         for name, tensor in initial_weights(recipe.model.config, recipe.seed):
             model.get_parameter(name).copy_(tensor)
-    held = [parameter.detach().clone() for parameter in parameters]
-    rule = torch.optim.SGD(held, outer.learning_rate, outer.momentum, nesterov=outer.nesterov)
-    moments: list[dict[str, torch.Tensor]] = []
-    losses = []
-    for first in range(0, training.num_steps, LENGTH):
-        ends, states, loss_sum, num_tokens = [], [], 0.0, 0
-        for slot in range(training.num_slots):
-            with torch.no_grad():
-                for parameter, weight in zip(parameters, held, strict=True):
-                    parameter.copy_(weight)
-            decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
-            others = [parameter for parameter in parameters if parameter.dim() < 2]
-            groups = [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
-            optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
-            for parameter, state in zip(parameters, moments, strict=False):
-                optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
-                optimizer.state[parameter]["step"] = torch.tensor(float(first))
-            sampler = SlotSampler(manifest, "train", slot, training.num_slots, training.sequence_length, recipe.seed)
-            for step in range(first, first + LENGTH):
-                count = 0
-                optimizer.zero_grad()
-                for address in sampler.samples(step, training.slot_batch):
-                    tokens = torch.frombuffer(bytearray((data / address.file).read_bytes()), dtype=torch.uint16).long()
-                    begin = address.window * training.sequence_length
-                    sample = tokens[begin : begin + training.sequence_length + 1][None]
-                    logits = model(input_ids=sample[:, :-1], use_cache=False).logits.flatten(0, 1)
-                    loss = torch.nn.functional.cross_entropy(logits, sample[:, 1:].flatten(), reduction="sum")
-                    loss.backward()
-                    loss_sum, count = loss_sum + loss.item(), count + training.sequence_length
-                for parameter in parameters:
-                    assert parameter.grad is not None
-                    parameter.grad.div_(count)
-                torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate_of_step(recipe, step)
-                optimizer.step()
-                num_tokens += count
-            ends.append([parameter.detach().clone() for parameter in parameters])
-            states.append([optimizer.state[parameter] for parameter in parameters])
-        for number, weight in enumerate(held):
-            weight.grad = torch.stack([weight - end[number] for end in ends]).mean(0)
-        rule.step()
-        moments = [
-            {name: torch.stack([state[number][name] for state in states]).mean(0) for name in ("exp_avg", "exp_avg_sq")}
-            for number in range(len(held))
-        ]
-        losses.append(loss_sum / num_tokens)
-    return losses
+
+    def passes(slot: int, step: int) -> tuple[float, int]:
+        sampler = SlotSampler(manifest, "train", slot, training.num_slots, training.sequence_length, recipe.seed)
+        loss_sum, num_tokens = 0.0, 0
+        for address in sampler.samples(step, training.slot_batch):
+            tokens = torch.frombuffer(bytearray((data / address.file).read_bytes()), dtype=torch.uint16).long()
+            begin = address.window * training.sequence_length
+            sample = tokens[begin : begin + training.sequence_length + 1][None]
+            logits = model(input_ids=sample[:, :-1], use_cache=False).logits.flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, sample[:, 1:].flatten(), reduction="sum")
+            loss.backward()
+            loss_sum, num_tokens = loss_sum + loss.item(), num_tokens + training.sequence_length
+        return loss_sum, num_tokens
+
+    return plain_losses(recipe, list(model.parameters()), passes)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +101,7 @@ def test_losses_equal_plain_pytorch(cluster: Cluster, tiny_data: Path, tmp_path:
     job = cluster.client.submit(recipe)
     cluster.finish(job.job_id)
     losses = [item.loss for item in cluster.client.watch(job.job_id, follow=False) if isinstance(item, Step)]
-    expected = plain_losses(recipe, tiny_data)
+    expected = losses_of_one_process(recipe, tiny_data)
     assert losses == pytest.approx(expected, rel=1e-6)
     assert expected[-1] < expected[0] - 0.5
 

@@ -98,7 +98,7 @@ def create(
                 return
             from gradstream.coordinator.cli.views.fine_tunings import print_preview
 
-            print_preview(preview, asked.training)
+            print_preview(preview, asked)
             again = [recipe, *(word for each in overrides or () for word in ("-s", each)), *(["--upload"] * upload)]
             terminal.hint(f"begin: gradstream finetune create {shlex.join(again)}")
             return

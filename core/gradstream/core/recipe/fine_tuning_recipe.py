@@ -16,6 +16,7 @@ from gradstream.core.recipe.defaults import FINE_TUNING, SEQUENCE_LENGTH, check_
 from gradstream.core.recipe.files import absolute_path, load_tree
 from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.loading import load_recipe, validated
+from gradstream.core.recipe.local import LocalConfig, check_local, whole_rounds
 from gradstream.core.recipe.recipe import (
     ClusterConfig,
     CodecConfig,
@@ -64,7 +65,7 @@ class FineTuningTraining(Section):
     num_steps: Positive | None = Field(
         default=None,
         description="optimizer updates",
-        json_schema_extra=derived("num_epochs times the rows, over global_batch"),
+        json_schema_extra=derived("num_epochs times the rows, over global_batch; with local, up to whole rounds"),
     )
     num_epochs: float | None = Field(
         default=None,
@@ -165,12 +166,22 @@ class FineTuningRecipe(Section):
     codec: CodecConfig = CodecConfig()
     validation: FineTuningValidation = FineTuningValidation()
     pipeline: PipelineConfig = PipelineConfig()
+    local: LocalConfig | None = Field(default=None, description="as in a training recipe")
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> FineTuningRecipe:
         check_sections(self.run_root, self.pipeline, self.codec)
+        if self.local is not None:
+            check_local(self.local, self.training, self.optimizer, self.codec, self.pipeline)
         return self
+
+    def count_steps(self, num_rows: int) -> int:
+        """Number of steps for `num_rows` rows in the training split. Epochs are rounded up to whole rounds."""
+        num_steps = self.training.count_steps(num_rows)
+        if self.local is None or self.training.num_steps is not None:
+            return num_steps
+        return whole_rounds(num_steps, self.local)
 
 
 def load_any_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | FineTuningRecipe:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
 if TYPE_CHECKING:
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningTraining
     from gradstream.core.recipe.recipe import CodecConfig, OptimizerConfig, PipelineConfig, TrainingConfig
 
 
@@ -107,16 +108,23 @@ def whole_rounds_problem(num_steps: int, local: LocalConfig) -> str:
     return f"{num_steps} is not local.after {local.after} plus whole rounds of local.steps {local.steps}; use {cure}"
 
 
+def whole_rounds(num_steps: int, local: LocalConfig) -> int:
+    """The fewest steps, `num_steps` at least, that are `local.after` plus whole rounds."""
+    return local.after + local.steps * max(1, -(-(num_steps - local.after) // local.steps))
+
+
 def check_local(
     local: LocalConfig,
-    training: TrainingConfig,
+    training: TrainingConfig | FineTuningTraining,
     optimizer: OptimizerConfig,
     codec: CodecConfig,
     pipeline: PipelineConfig,
 ) -> None:
-    """Check local steps against the other sections. Raises ValueError for settings that contradict each other."""
-    problem = whole_rounds_problem(training.num_steps, local)
-    if problem:
+    """Check local steps against the other sections. Raises ValueError for settings that contradict each other.
+
+    A number of steps that follows from epochs is always one of whole rounds.
+    """
+    if training.num_steps is not None and (problem := whole_rounds_problem(training.num_steps, local)):
         raise ValueError(f"training.num_steps {problem}")
     if "auto" in (codec.push, codec.pull):
         raise ValueError(

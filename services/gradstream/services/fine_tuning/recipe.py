@@ -12,6 +12,7 @@ from gradstream.core.model import check, model
 from gradstream.core.recipe.fine_tuning import Base, FineTuning
 from gradstream.core.recipe.fine_tuning_recipe import LEARNING_RATES, FineTuningRecipe
 from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.local import whole_rounds
 from gradstream.core.recipe.recipe import (
     CheckpointConfig,
     DataConfig,
@@ -47,7 +48,7 @@ def make_recipe(
     """
     slots, length = asked.training.num_slots, asked.training.row_length()
     num_rows = sum(_rows_by_slot(asked, manifest, "train"))
-    num_steps = asked.training.count_steps(num_rows)
+    num_steps = asked.count_steps(num_rows)
     # All held-out rows: a slot with fewer rows than another uses those that it has.
     num_validation = slots * max(_rows_by_slot(asked, manifest, "validation"))
     if manifest.row_length != length:
@@ -60,7 +61,8 @@ def check_recipe(asked: FineTuningRecipe, base: Base | None, model_config: Mappi
     if base is None:
         _training(asked, 1)
     else:
-        _assemble(asked, base, model_config, "data", 1, asked.training.num_slots)
+        num_steps = whole_rounds(1, asked.local) if asked.local is not None else 1
+        _assemble(asked, base, model_config, "data", num_steps, asked.training.num_slots)
 
 
 def _rows_by_slot(asked: FineTuningRecipe, manifest: Manifest, split: str) -> list[int]:
@@ -113,6 +115,8 @@ def _assemble(
         ),
     }
     tree = {name: section.model_dump() for name, section in sections.items()}
+    if asked.local is not None:
+        tree["local"] = asked.local.model_dump()
     head = asked.model_dump(include={"name", "description", "seed", "run_root"})
     return parse_recipe({**head, **tree}, origin="the fine-tuning recipe")
 

@@ -106,6 +106,31 @@ def test_epochs_are_rounded_up(training: dict[str, Any], num_rows: int, steps: i
     assert asked(training=training).training.count_steps(num_rows) == steps
 
 
+LOCAL = {"steps": 5, "after": 2}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_rows", "steps"), [(1, 8, 7), (2, 27, 7), (2, 28, 7), (2, 29, 12), (3, 100, 42)]
+)
+def test_epochs_are_rounded_up_to_whole_rounds(epochs: int, num_rows: int, steps: int) -> None:
+    recipe = asked(training={"num_epochs": epochs}, local=LOCAL)
+    assert recipe.count_steps(num_rows) == steps
+    made = make_recipe(recipe, BASE, LLAMA, rows([num_rows // 2, num_rows - num_rows // 2], [7, 9]), "/data")
+    assert made.training.num_steps == steps
+    assert made.local == recipe.local
+    check_recipe(recipe, BASE, LLAMA)
+
+
+def test_given_steps_must_be_whole_rounds() -> None:
+    with pytest.raises(
+        ConfigError, match=r"training.num_steps 8 is not local.after 2 plus whole rounds .* use 7 or 12"
+    ):
+        asked(training={"num_steps": 8}, local=LOCAL)
+    with pytest.raises(ConfigError, match="codec auto measures every step"):
+        asked(codec={"push": "auto"}, local=LOCAL)
+    assert asked(training={"num_steps": 12}, local=LOCAL).count_steps(100) == 12
+
+
 def test_too_few_rows_for_the_slots() -> None:
     with pytest.raises(DataError, match=r"held out make 1 rows .* each of 2 slots one; .*validation_fraction"):
         make_recipe(asked(), BASE, LLAMA, rows([4, 4], [1, 0]), "/data")

@@ -13,7 +13,7 @@ from gradstream.core.job_states import after_state
 if TYPE_CHECKING:
     from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, Generation, RenderedExample
     from gradstream.coordinator.cli.views.progress import ProgressView
-    from gradstream.core.recipe.fine_tuning_recipe import FineTuningTraining
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 
 SHOWN_FIELDS = 8
 FEW_EXAMPLES = 20
@@ -220,16 +220,17 @@ def example_text(example: RenderedExample, colours: bool) -> Any:
     return text
 
 
-def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
+def steps_text(asked: FineTuningRecipe, report: ExamplesReport) -> str:
     """The number of steps for these rows, on one line."""
     from gradstream.core.recipe.fine_tuning_recipe import FEW_STEPS, MORE_STEPS
 
-    steps = training.count_steps(report.num_packed_rows)
+    steps = asked.count_steps(report.num_packed_rows)
     few = f"; few: {MORE_STEPS}" if steps < FEW_STEPS else ""
-    return f"{steps} steps of {training.global_batch} rows{few}"
+    rounds = f" in rounds of {asked.local.steps}" if asked.local is not None else ""
+    return f"{steps} steps of {asked.training.global_batch} rows{rounds}{few}"
 
 
-def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> None:
+def print_preview(preview: ExamplesPreview, asked: FineTuningRecipe) -> None:
     """Print rendered examples, the counts of used and unused rows, and the number of steps."""
     from rich.text import Text
 
@@ -244,7 +245,7 @@ def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> Non
         console.print(example_text(example, colours), soft_wrap=True)
     console.print()
     console.print(Text(report_text(preview.report)), soft_wrap=True)
-    console.print(Text(steps_text(training, preview.report)), soft_wrap=True)
+    console.print(Text(steps_text(asked, preview.report)), soft_wrap=True)
     for line in preview.report.notes:
         console.print(Text(f"note: {line}"), soft_wrap=True)
     for line in preview.report.bad_rows:

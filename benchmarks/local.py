@@ -104,6 +104,7 @@ class Case:
 CASES = [
     Case(DEFAULT, DEFAULT, target=0.05),
     Case("state_reset", "state", {"local": {"inner_state": "reset"}}),
+    Case("state_keep", "state", {"local": {"inner_state": "keep"}}),
     Case("moments_fp32", "moments", {"local": {"moments": "fp32"}}),
     Case("moments_bf16", "moments", {"local": {"moments": "bf16"}}, 0.01, "moments_fp32"),
     Case("moments_int2", "moments", {"local": {"moments": {"exp_avg": "int2"}}}, 0.03, "moments_fp32"),

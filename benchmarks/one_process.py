@@ -34,6 +34,7 @@ from gradstream.services.parameter_server.publication import PublishedBundle
 from gradstream.services.parameter_server.shard import Shard
 from gradstream.worker.attempt import Alone, Attempt, num_samples
 from gradstream.worker.job import LoadedModel, load_model
+from gradstream.worker.kept_moments import KeptMoments
 from gradstream.worker.push import Contribution, Pusher, PushStream
 from gradstream.worker.rounds import RoundComputer
 from gradstream.worker.samples.data import SlotReader, Split
@@ -159,7 +160,7 @@ class _Worker:
         self._plan = plan
         self._shard = server.shard
         self._model = model
-        self._rounds = RoundComputer(model.computer, model.installer.held)
+        self._rounds = RoundComputer(model.computer, model.installer.held, kept=KeptMoments(plan))
         timeline = Timeline()
         self._pusher = Pusher(plan, [NO_STUB], Faults(""), timeline)
         self._pusher.streams = [_Direct(plan, server, timeline)]

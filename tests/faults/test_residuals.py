@@ -48,10 +48,16 @@ def messages(cluster: Cluster, job: Job) -> list[str]:
 
 @pytest.mark.timeout(300)
 def test_pause_stop_and_resume_change_no_bit(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_data, tmp_path / "runs", "topk", cluster={"min_workers": 2, "min_servers": 2})
     cluster.start_coordinator()
     cluster.start_servers("server-0", "server-1")
     cluster.start_workers("worker-0", "worker-1")
+    nodes = {"min_workers": 2, "min_servers": 2}
+    check_bits(cluster, recipe_of(tiny_data, tmp_path / "runs", "topk", cluster=nodes))
+    keep = {"steps": 2, "inner_state": "keep"}
+    check_bits(cluster, recipe_of(tiny_data, tmp_path / "runs", "int8", name="keep", local=keep, cluster=nodes))
+
+
+def check_bits(cluster: Cluster, recipe: Recipe) -> None:
     job = cluster.client.submit(recipe)
     cluster.finish(job.job_id)
     reference = cluster.final_digest(job.job_id)
@@ -71,7 +77,7 @@ def test_pause_stop_and_resume_change_no_bit(cluster: Cluster, tiny_data: Path, 
     cluster.client.resume(job.job_id)
     assert cluster.finish(job.job_id).epoch == 2
     assert cluster.final_digest(job.job_id) == reference
-    assert not any("were lost" in message for message in messages(cluster, job))
+    assert not any("were lost" in message or "goes on without" in message for message in messages(cluster, job))
 
     # --- without its residuals the same checkpoint leads elsewhere: the digests above depend on them
     job = reach(cluster, recipe, 4)
@@ -123,6 +129,18 @@ def test_killed_worker_loses_its_slots_residual_alone(cluster: Cluster, tiny_dat
     # The survivor has kept a residual of slot 1 from step 3 on.
     assert [entry.slot for entry in read_manifest(checkpoints[-1].path).residuals] == [0, 1]
     assert "starts from zero" in (cluster.directory / "worker-0.log").read_text()
+    assert any("slot 1 goes on without its residuals" in message for message in messages(cluster, job))
+
+    # --- moments that slots keep
+    cluster.start_workers("worker-2", faults="kill@step=6,slot=1")
+    keep = {"steps": 2, "inner_state": "keep"}
+    recipe = recipe_of(tiny_data, tmp_path / "runs", "int8", name="keep", local=keep, cluster={"min_workers": 2})
+    job = cluster.client.submit(recipe)
+    assert cluster.wait_dead("worker-2") == -9
+    assert cluster.finish(job.job_id).epoch == 1
+    gone = [message for message in messages(cluster, job) if "goes on without its moments" in message]
+    assert len(gone) == 1
+    assert gone[0].startswith("version 3 (step 6): slot ")
 
 
 @pytest.mark.timeout(180)

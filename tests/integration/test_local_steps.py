@@ -88,13 +88,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.mark.timeout(180)
-def test_losses_equal_plain_pytorch(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("inner_state", ["shared", "keep"])
+def test_losses_equal_plain_pytorch(cluster: Cluster, tiny_data: Path, tmp_path: Path, inner_state: str) -> None:
     recipe = tiny_recipe(
         tiny_data,
         tmp_path / "runs",
         name="local-reference",
         training={"num_steps": 4 * LENGTH},
-        local={"steps": LENGTH, "moments": "fp32", "outer": {"learning_rate": 0.8, "momentum": 0.9}},
+        local={
+            "steps": LENGTH,
+            "inner_state": inner_state,
+            "moments": "fp32",
+            "outer": {"learning_rate": 0.8, "momentum": 0.9},
+        },
         optimizer={"clip_norm": 0.5},
         cluster={"min_workers": 2, "min_servers": 2},
     )

@@ -1,4 +1,4 @@
-"""Rounds of local steps in plain PyTorch and one process: AdamW inside with shared moments, SGD outside."""
+"""Rounds of local steps in plain PyTorch and one process: AdamW inside, SGD outside. Moments are shared or kept."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def plain_losses(recipe: Recipe, parameters: Sequence[nn.Parameter], passes: Pas
     held = [parameter.detach().clone() for parameter in parameters]
     rule = torch.optim.SGD(held, outer.learning_rate, outer.momentum, nesterov=outer.nesterov and outer.momentum > 0)
     moments = [{name: torch.zeros_like(weight) for name in MOMENTS} for weight in held]
+    kept = dict.fromkeys(range(recipe.training.num_slots), moments)
     losses = []
     for first in range(0, recipe.training.num_steps, length):
         loss_sum, num_tokens = 0.0, 0
@@ -31,7 +32,9 @@ def plain_losses(recipe: Recipe, parameters: Sequence[nn.Parameter], passes: Pas
             with torch.no_grad():
                 for parameter, weight in zip(parameters, held, strict=True):
                     parameter.copy_(weight)
-            optimizer, slot_loss, slot_tokens = _inner(recipe, parameters, moments, first, slot, passes)
+            begun = moments if recipe.local.inner_state == "shared" else kept[slot]
+            optimizer, slot_loss, slot_tokens = _inner(recipe, parameters, begun, first, slot, passes)
+            kept[slot] = [{name: optimizer.state[each][name].clone() for name in MOMENTS} for each in parameters]
             loss_sum, num_tokens = loss_sum + slot_loss, num_tokens + slot_tokens
             with torch.no_grad():
                 for number, parameter in enumerate(parameters):

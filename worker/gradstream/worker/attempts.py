@@ -154,7 +154,7 @@ class AttemptRunner:
         self._plan = computer.plan
         self._computer = computer
         self._installer = installer
-        self._rounds = RoundComputer(computer, installer.held, progress)
+        self._rounds = RoundComputer(computer, installer.held, progress, keeper.moments)
         self._compute_thread = compute_thread
         self._readers = readers
         self._keeper = keeper

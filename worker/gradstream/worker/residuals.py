@@ -32,11 +32,13 @@ from gradstream.core.codecs.payloads import BundleCodec
 from gradstream.core.errors import CheckpointError
 from gradstream.core.log import get_logger
 from gradstream.core.node.session import NodeSession
-from gradstream.core.plan.bundles import WEIGHTS, keeps_residuals
+from gradstream.core.optimizer.rules import kept_arrays
+from gradstream.core.plan.bundles import WEIGHTS
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
 from gradstream.core.storage import files
 from gradstream.proto.v1 import coordinator_pb2
+from gradstream.worker.kept_moments import KeptMoments
 
 log = get_logger()
 
@@ -125,13 +127,15 @@ class SlotResiduals:
 
 
 class ResidualKeeper:
-    """Writes residuals to checkpoints and loads them back. Runs on the event loop.
+    """Writes what slots keep, residuals and moments, to checkpoints and loads it back. Runs on the event loop.
 
-    Does nothing in a job whose codec keeps no residuals.
+    Does nothing in a job whose slots keep nothing.
     """
 
     def __init__(self, plan: Plan, session: NodeSession, residuals: SlotResiduals, encode_thread: Executor):
-        self.active = keeps_residuals(plan.recipe.codec)
+        self.active = plan.recipe.keeps_slot_state()
+        self.moments = KeptMoments(plan)
+        self._keeps_residuals = plan.recipe.codec.decay > 0
         self._plan = plan
         self._session = session
         self._residuals = residuals
@@ -141,8 +145,7 @@ class ResidualKeeper:
         self._saved_version = -1
         self._saving: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        if self.active:
-            residuals.on_fresh = self._fresh
+        residuals.on_fresh = self.moments.on_fresh = self._fresh
 
     @property
     def busy(self) -> bool:
@@ -164,14 +167,18 @@ class ResidualKeeper:
         if checkpoint and version > self._saved_version:
             self._saved_version = version
             # In the encode thread, after everything of the step before that is still to be encoded.
-            copies = self._encode_thread.submit(self._residuals.snapshot, version)
+            copies = self._encode_thread.submit(self._snapshot, version)
             self._saving = asyncio.create_task(self._save(version, copies))
         self.take_up(version, slots)
 
     def take_up(self, version: int, slots: Sequence[int]) -> None:
         """Bring residuals to a version for slots that this worker will compute from there on."""
-        if self.active and version > self._plan.start_version:
+        if version <= self._plan.start_version:
+            return
+        if self._keeps_residuals:
             self._encode_thread.submit(self._residuals.settle, version, list(slots))
+        if self.moments.active:
+            self.moments.settle(version, slots)
 
     async def load(self, version: int, slot: int) -> None:
         """Load a slot's residual from the checkpoint, at the plan's start version and if the residual fits.
@@ -179,14 +186,45 @@ class ResidualKeeper:
         Raises CheckpointError when the residual is damaged.
         """
         directory = self._plan.checkpoint_path
-        if not self.active or not directory or version != self._plan.start_version or slot in self._loaded:
+        kept = directory and self._plan.recipe.keeps_slot_state(version)
+        if not kept or version != self._plan.start_version or slot in self._loaded:
             return
         states, reason = await asyncio.to_thread(self._read, directory, slot)
         self._loaded.add(slot)
         if reason:
-            log.info("a slot's residual starts from zero: " + reason, slot=slot, version=version)
-        else:
-            self._encode_thread.submit(self._residuals.adopt, slot, states)
+            log.info("what a slot keeps starts from zero: " + reason, slot=slot, version=version)
+            return
+        residuals, moments = self._parts(states)
+        if self._keeps_residuals:
+            self._encode_thread.submit(self._residuals.adopt, slot, residuals)
+        if self.moments.active:
+            self.moments.adopt(slot, moments)
+
+    def _parts(self, states: States) -> tuple[States, States]:
+        """The codec's part of what a slot keeps, and its moments, by fragment."""
+        residuals: States = {}
+        moments: States = {}
+        for index, state in states.items():
+            names = kept_arrays(self._plan.recipe, self._plan.tensors[self._plan.fragments[index].tensor])
+            residuals[index] = {key: value for key, value in state.items() if key not in names}
+            moments[index] = {name: state[name] for name in names}
+        return {index: state for index, state in residuals.items() if state}, moments
+
+    def _snapshot(self, version: int) -> dict[int, States]:
+        """What slots keep at a version, by slot. A slot that lacks a part of it has none. In the encode thread."""
+        residuals = self._residuals.snapshot(version) if self._keeps_residuals else {}
+        if not self.moments.active or not self._plan.recipe.local or version <= self._plan.rounds.after:
+            return residuals
+        moments = self.moments.snapshot(version)
+        if not self._keeps_residuals:
+            return moments
+        return {
+            slot: {
+                index: {**residuals[slot].get(index, {}), **moments[slot].get(index, {})}
+                for index in residuals[slot].keys() | moments[slot].keys()
+            }
+            for slot in residuals.keys() & moments.keys()
+        }
 
     def close(self) -> None:
         """Give up residuals that are being written."""

@@ -6,9 +6,9 @@ In a pipeline each worker of a replica does this for the tensors of its stages. 
 each inner step (gradstream.worker.pipeline.reduction), so the bits do not depend on the number of stages either.
 
 A slot's round is a function of version t, seed and data alone. Nothing is kept from one slot to the next, so the bits
-do not depend on who computes a slot, or on what that worker computed before (DiLoCo, Douillard et al. 2023, keeps the
-optimizer's moments with a worker instead). A worker that starts again goes on from what it has kept on its disk
-(gradstream.worker.progress).
+do not depend on who computes a slot, or on what that worker computed before. Only with `local.inner_state: keep` a slot
+goes on from its own moments, as in DiLoCo (Douillard et al. 2023; gradstream.worker.kept_moments). A worker that starts
+again goes on from what it has kept on its disk (gradstream.worker.progress).
 
 Shape legend: N elements of a tensor.
 """
@@ -24,6 +24,7 @@ import torch
 from gradstream.core.log import get_logger
 from gradstream.core.optimizer.optimizer import Optimizer
 from gradstream.core.optimizer.rule import Slice
+from gradstream.core.optimizer.rules import kept_arrays
 from gradstream.core.plan.bundles import WEIGHTS
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.learning_rate import rate_of_step
@@ -31,6 +32,7 @@ from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.worker.attempt import AbandonedError, Alone, Attempt, Emit, Exchange
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_version import HeldVersion
+from gradstream.worker.kept_moments import KeptMoments, Moments
 from gradstream.worker.pipeline.neighbours import Neighbours
 from gradstream.worker.pipeline.reduction import Reducer
 from gradstream.worker.progress import ProgressFiles
@@ -56,12 +58,19 @@ class Progress:
 class RoundComputer:
     """Computes rounds on the stages of `computer`, from the version in `held`. Runs in the compute thread."""
 
-    def __init__(self, computer: SlotComputer, held: HeldVersion, progress: ProgressFiles | None = None):
-        """`progress` keeps progress on disk; None: it is kept nowhere."""
+    def __init__(
+        self,
+        computer: SlotComputer,
+        held: HeldVersion,
+        progress: ProgressFiles | None = None,
+        kept: KeptMoments | None = None,
+    ):
+        """`progress` keeps progress on disk; None: it is kept nowhere. `kept` has the moments that slots keep."""
         self._plan = computer.plan
         self._computer = computer
         self._held = held
         self._progress = progress
+        self._kept = kept if kept is not None else KeptMoments(computer.plan)
         self._reducer = Reducer(computer.plan, computer.worker)
 
     def run(
@@ -88,6 +97,7 @@ class RoundComputer:
         plan = self._plan
         (slot,) = attempt.slots
         state = _SlotState(plan, self._held, attempt.version, self._computer.parameters.keys())
+        state.take(self._kept.at(attempt.version, slot))
         exchange: Exchange = Alone() if neighbours is None else neighbours
         steps = plan.rounds.slot_steps(attempt.version, slot)
         keep = self._resume(state, attempt.version, slot, len(steps))
@@ -107,6 +117,8 @@ class RoundComputer:
         finally:
             self._held.compute_on_held()
         make_room()
+        if self._kept.active:
+            self._kept.keep(attempt.version, slot, state.own_arrays())
         state.emit(emit, wanted)
 
     def _resume(self, state: _SlotState, version: int, slot: int, num_steps: int) -> Callable[[], None]:
@@ -114,7 +126,9 @@ class RoundComputer:
         files = self._progress
         if files is None or not files.interval_steps:
             return lambda: None
-        key = files.key(version, slot, list(self._held.arrays.values()))
+        kept = self._kept.at(version, slot)
+        own = [array for tensor in sorted(kept) for _, array in sorted(kept[tensor].items())]
+        key = files.key(version, slot, [*self._held.arrays.values(), *own])
         state.go_on(files.load(version, slot, key, state.arrays))
         if state.num_done:
             log.info(
@@ -135,6 +149,7 @@ class _SlotState:
     """
 
     def __init__(self, plan: Plan, held: HeldVersion, version: int, uses: Collection[Use]):
+        self._plan = plan
         self._held = held
         self._uses = set(uses)
         self.tensors = sorted(tensor for tensor, array in held.arrays if array == WEIGHTS)
@@ -164,6 +179,22 @@ class _SlotState:
             # steps of this job alone where the moments come from another job, and it is the same for slots that took
             # fewer inner steps: their moments became one mean.
             self._optimizer.count(plan.rounds.steps_at(version))
+
+    def take(self, moments: Moments) -> None:
+        """Begin with the moments that the slot has kept; with none: with zeros."""
+        for number, tensor in enumerate(self.tensors):
+            for name, array in moments.get(tensor, {}).items():
+                self._optimizer.moment(name, number).copy_(array)
+
+    def own_arrays(self) -> Moments:
+        """The arrays of the slot's optimizer that it keeps, in the optimizer's own memory."""
+        return {
+            tensor: {
+                name: self._optimizer.moment(name, number)
+                for name in kept_arrays(self._plan.recipe, self._plan.tensors[tensor])
+            }
+            for number, tensor in enumerate(self.tensors)
+        }
 
     @property
     def num_done(self) -> int:

@@ -24,7 +24,6 @@ from gradstream.core.errors import GradstreamError, PlanError, UnreachableError,
 from gradstream.core.job_states import RUNNING
 from gradstream.core.log import get_logger
 from gradstream.core.model.trial import ModelUse
-from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.storage.pool import StorageThreads
@@ -227,8 +226,8 @@ async def hindrance(
     It is a checkpoint that was acknowledged and is missing, or a directory that the nodes do not share.
     """
     root = checkpoints.root_of(active.record.run_directory)
-    # Workers write to the directory too, if the codec keeps residuals.
-    sharing = [*nodes.servers, *(nodes.workers if keeps_residuals(active.recipe.codec) else [])]
+    # Workers write to the directory too, if slots keep something of their own.
+    sharing = [*nodes.servers, *(nodes.workers if active.recipe.keeps_slot_state() else [])]
     gone = checkpoints.missing(root, start.versions, acknowledged, active.job_id)
     return gone or await storage.problem(root, sharing)
 

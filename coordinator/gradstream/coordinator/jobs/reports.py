@@ -211,6 +211,11 @@ class Reports:
         active = self._active(report.job_id)
         if active is not None and active.plan is not None and active.record.epoch == report.epoch:
             active.take_residual(report)
+            if not report.file:
+                at, kept = active.rounds.version_text(report.version), active.recipe.slot_state_title
+                self._controller.journal.note(
+                    report.job_id, "slot", f"{at}: slot {report.slot} goes on without its {kept}, on another worker"
+                )
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
@@ -254,10 +259,10 @@ class Reports:
             )
             events = []
             if residuals.lost:
-                slots = slots_text(residuals.lost)
+                lost = f"the {plan.recipe.slot_state_title} of {slots_text(residuals.lost)}"
                 line = (
-                    f"{plan.rounds.version_text(version)}: the residuals of {slots} were lost with their worker; if "
-                    f"the job goes back to this version, these slots start without them"
+                    f"{plan.rounds.version_text(version)}: {lost} were lost with their worker; if the job goes back to "
+                    f"this version, these slots start without them"
                 )
                 events.append(Event("checkpoint", line).as_item())
             checkpoint = checkpoints.as_message(root, manifest)

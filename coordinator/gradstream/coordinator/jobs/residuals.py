@@ -1,5 +1,6 @@
-"""The residuals of slots as part of a checkpoint: reported, still owed by a worker, or lost.
+"""What slots keep, as part of a checkpoint: reported, still owed by a worker, or lost.
 
+It is the codec's residual, the moments of `local.inner_state: keep`, or both; all are called the slot's residual here.
 The worker that holds a slot, or held it last, owes the slot's residual. A residual is lost when this worker is gone, or
 when another worker has since taken the slot over without a residual. A checkpoint does not wait for a lost residual.
 """
@@ -13,7 +14,6 @@ from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.nodes.membership import Membership
 from gradstream.core.checkpoint.manifest import ResidualEntry
 from gradstream.core.errors import ProtocolError
-from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.proto.v1 import coordinator_pb2
 
 _FILE_NAME = re.compile(r"epoch-\d{4,20}-residual-slot-\d{3,10}-[A-Za-z0-9._-]{1,100}\.safetensors")
@@ -31,7 +31,7 @@ class Standing:
 
 def standing(active: ActiveJob, version: int, members: Membership, now: float) -> Standing:
     """The current standing of a version's residuals. `now` is the coordinator's clock; `owed` has node ids."""
-    if not keeps_residuals(active.recipe.codec):
+    if not active.recipe.keeps_slot_state(version):
         return Standing()
     entries, lost, owed = [], [], {}
     reports = active.residuals.get(version, {})
@@ -60,8 +60,8 @@ def _may_come(active: ActiveJob, version: int, holder: str, members: Membership,
 def check_residual(report: coordinator_pb2.ReportResidualRequest, active: ActiveJob) -> None:
     """Raise ProtocolError for a report that no worker of the active job's plan can make."""
     what = f"residual report of slot {report.slot}, version {report.version} of job {report.job_id}"
-    if not keeps_residuals(active.recipe.codec):
-        raise ProtocolError(f"{what}: codec {active.recipe.codec.push} keeps no residual")
+    if not active.recipe.keeps_slot_state(report.version):
+        raise ProtocolError(f"{what}: slots keep nothing there")
     if (
         report.slot >= active.recipe.training.num_slots
         or not active.record.start_version < report.version <= active.rounds.last_version

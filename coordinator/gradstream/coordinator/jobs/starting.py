@@ -25,10 +25,11 @@ def started_from(recipe: Recipe, start: StartFrom, directory: str, manifest: Che
             f"start_from.optimizer: {start.weights} was trained with {kind}, and optimizer.kind is "
             f"{recipe.optimizer.kind}; leave start_from.optimizer out, or set optimizer.kind={kind}"
         )
-    if start.optimizer and not _has_moments(manifest.local) and _has_moments(recipe.local):
+    before = manifest.local
+    if start.optimizer and before is not None and not _has_moments(before) and _has_moments(recipe.local):
         raise ConfigError(
-            f"start_from.optimizer: {start.weights} has no moments, because local.inner_state reset drops them after "
-            f"each round; leave start_from.optimizer out"
+            f"start_from.optimizer: {start.weights} has no moments, because local.inner_state "
+            f"{before.inner_state} keeps none with the servers; leave start_from.optimizer out"
         )
     if start.state_sha256 not in (None, manifest.state_sha256):
         raise CheckpointError(
@@ -41,7 +42,7 @@ def started_from(recipe: Recipe, start: StartFrom, directory: str, manifest: Che
 
 def _has_moments(local: LocalConfig | None) -> bool:
     """Whether the servers of a job keep the optimizer's moments between commits, and so in checkpoints."""
-    return local is None or local.inner_state != "reset" or local.after > 0
+    return local is None or local.inner_state == "shared" or local.after > 0
 
 
 def state_note(recipe: Recipe, start: StartFrom, manifest: CheckpointManifest) -> str:
@@ -58,7 +59,10 @@ def state_note(recipe: Recipe, start: StartFrom, manifest: CheckpointManifest) -
     if not start.optimizer:
         moments = "the moments begin with zeros"
     elif not _has_moments(local):
-        moments = "its moments are not used, because local.inner_state reset begins each round with zeros"
+        first = "each" if local.inner_state == "reset" else "the first"
+        moments = (
+            f"its moments are not used, because local.inner_state {local.inner_state} begins {first} round with zeros"
+        )
     elif local.after:
         moments = f"the first {local.after} steps, before the first round, go on with its moments"
     else:

@@ -14,7 +14,7 @@ from gradstream.core.optimizer.rules import (
     server_moments,
     whole_tensors,
 )
-from gradstream.core.plan.bundles import codec_for, first_push_codec, keeps_residuals
+from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
 from gradstream.core.plan.plan import Plan
@@ -116,9 +116,9 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
 
     A frozen base takes `HELD_BYTES` per element. The `num_parameters` trained parameters take: weights, the gradients
     of the slot under way and of the slot being encoded, the encoded gradients of two slots (no more are held until
-    they are acknowledged, gradstream.worker.backlog), the next version's weights as they arrive, and the residual of
-    each slot if the codec keeps one. With local steps they take what `_round_arrays` counts instead of the weights and
-    gradients, and shared moments are encoded and arrive like the weights.
+    they are acknowledged, gradstream.worker.backlog), the next version's weights as they arrive, and each slot's
+    residual and moments where slots keep them. With local steps they take what `_round_arrays` counts instead of the
+    weights and gradients, and shared moments are encoded and arrive like the weights.
     """
     push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
     num_slots, local = recipe.training.num_slots, recipe.local
@@ -128,9 +128,11 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
     moments = max(sum(encoded_bytes(name, (num_parameters,)) for name in codecs) for codecs in shared)
     contribution, arriving = contribution + moments, arriving + moments
     slots = min(MAX_ENCODED_SLOTS, num_slots) * contribution
-    if keeps_residuals(recipe.codec):
-        # The slot's residual at the version, and the new one after the step.
-        slots += num_slots * 2 * BYTES_PER_ELEMENT * num_parameters
+    # What the slot keeps at the version, and what the step leaves behind.
+    kept = int(recipe.codec.decay > 0)
+    if local is not None and local.inner_state == "keep":
+        kept += max_moments(recipe.optimizer)
+    slots += num_slots * 2 * kept * BYTES_PER_ELEMENT * num_parameters
     frozen = 0
     if recipe.fine_tuning is not None:
         frozen = num_frozen_parameters * HELD_BYTES[recipe.fine_tuning.held]

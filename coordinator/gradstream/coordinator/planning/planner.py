@@ -29,7 +29,6 @@ from gradstream.core.data.sampler import check_samples
 from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.optimizer.rules import whole_tensors
-from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
@@ -167,7 +166,7 @@ def _plan_workers(
     try:
         _check_worker_memory(need, workers)
     except PlanError as refusal:
-        if profiles is None or keeps_residuals(recipe.codec):  # no pipeline is possible, or its segments are unknown
+        if profiles is None or recipe.keeps_slot_state():  # no pipeline is possible, or its segments are unknown
             raise
         memories = [worker.memory_bytes or NO_LIMIT for worker in workers]
         raise PlanError(f"{refusal}; {smallest_change(recipe, model.tensors, profiles, memories)}") from None

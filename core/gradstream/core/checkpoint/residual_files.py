@@ -1,8 +1,8 @@
-"""Residuals in a checkpoint: one safetensors file for each slot, beside the servers' files.
+"""What slots keep, in a checkpoint: one safetensors file for each slot, beside the servers' files.
 
-The keys in a file are `KEY/TENSOR[BEGIN:END]`, where KEY is a key of the codec's state ("residual", "basis"). The
-file's metadata names the codec. Residuals are not part of the version's identity (`state_sha256`), because they belong
-to slots, not to weights.
+The keys in a file are `KEY/TENSOR[BEGIN:END]`, where KEY is a key of the codec's state ("residual", "basis"), or an
+array of the slot's own optimizer ("exp_avg", "step"). The file's metadata names the codec. What slots keep is not part
+of the version's identity (`state_sha256`), because it belongs to slots, not to weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from gradstream.core.codecs import State
 from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import CheckpointError
 from gradstream.core.foreign import parsing
+from gradstream.core.optimizer.rule import STEP_COUNT
+from gradstream.core.optimizer.rules import kept_arrays
 from gradstream.core.plan.fragments import Fragment
 from gradstream.core.plan.plan import Plan
 from gradstream.core.storage import files
@@ -81,10 +83,15 @@ def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[in
 
 
 def _fresh_states(plan: Plan) -> Iterator[tuple[Fragment, State]]:
-    """Each fragment that keeps a residual, with its initial state."""
+    """Each fragment of which a slot keeps something, with its initial state."""
     book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
     for bundle in plan.bundles:
         bundle_codec = book.of(bundle, plan.recipe.codec.push)
         for codec, fragment in zip(bundle_codec.codecs, bundle.fragments, strict=True):
-            if bundle_codec.keeps_residual(codec):
-                yield fragment, codec.new_state(fragment.shape)
+            state: State = {}
+            if plan.recipe.codec.decay and bundle_codec.keeps_residual(codec):
+                state |= codec.new_state(fragment.shape)
+            for name in kept_arrays(plan.recipe, plan.tensors[fragment.tensor]):
+                state[name] = torch.zeros(1 if name == STEP_COUNT else fragment.num_elements)
+            if state:
+                yield fragment, state

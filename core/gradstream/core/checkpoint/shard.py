@@ -148,7 +148,7 @@ class CheckpointReader:
         except SafetensorError:
             raise CheckpointError(
                 f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's, "
-                f"or by a job with local.inner_state: reset"
+                f"or by a job with local.inner_state: reset or keep"
             ) from None
         dtype = found.get_dtype()
         expected = _DTYPES.values() if kind in MOMENTS else ("F32",)

@@ -55,6 +55,15 @@ def every_moment_codecs(recipe: Recipe) -> list[tuple[str, ...]]:
     return [tuple(codec for name in each if (codec := local.moments.codec(name)) != "none") for each in moments]
 
 
+def kept_arrays(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
+    """The arrays of a tensor that a slot keeps from round to round (local.inner_state: keep), with AdamW's count."""
+    if recipe.local is None or recipe.local.inner_state != "keep":
+        return ()
+    rule = rule_of(recipe.optimizer, tensor)
+    moments = rule.moments(recipe.optimizer)
+    return tuple(name for name in rule.arrays if name in moments or name == STEP_COUNT)
+
+
 def server_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
     """The moments of a tensor that servers hold.
 

@@ -90,11 +90,6 @@ LOSSLESS_ENOUGH = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd"})
 """Codecs that are fine enough for every kind of tensor."""
 
 
-def keeps_residuals(codec: CodecConfig) -> bool:
-    """Whether the slots of a job keep residuals, which its checkpoints then contain."""
-    return codec.decay > 0
-
-
 def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:
     """The codec of a tensor, for a job with codec `codec` and the codec `embedding` for embeddings.
 

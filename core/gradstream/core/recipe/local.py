@@ -55,10 +55,10 @@ class LocalConfig(Section):
 
     steps: Positive = Field(description="inner steps of a round")
     after: NonNegative = Field(default=0, description="ordinary steps before the first round")
-    inner_state: Literal["shared", "reset"] = Field(
+    inner_state: Literal["shared", "reset", "keep"] = Field(
         default="shared",
         description="the optimizer's moments at the beginning of a round: the mean of all slots at the end of the "
-        "round before, or zeros",
+        "round before, zeros, or those that the slot itself had",
     )
     moments: MomentsConfig = Field(
         default=MomentsConfig(),
@@ -133,6 +133,11 @@ def check_local(
         )
     if local.slot_steps and pipeline.stages != 1:
         raise ValueError("local.slot_steps needs pipeline.stages=1 so far; leave one of them out")
+    if local.inner_state == "keep" and pipeline.stages != 1:
+        raise ValueError(
+            "local.inner_state keep keeps moments for each slot, which pipeline stages cannot share; use "
+            "local.inner_state=shared or pipeline.stages=1"
+        )
     if local.chosen_slot_steps and local.slot_steps != "auto":
         raise ValueError("local.chosen_slot_steps is written by the coordinator; set local.slot_steps")
     for key, lengths in (("chosen_slot_steps", local.chosen_slot_steps), ("slot_steps", local.slot_lengths)):

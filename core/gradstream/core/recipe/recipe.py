@@ -464,6 +464,20 @@ class Recipe(Section):
             return Rounds(self.training.num_steps)
         return Rounds(self.training.num_steps, self.local.steps, self.local.after, self.local.slot_lengths)
 
+    def keeps_slot_state(self, version: int | None = None) -> bool:
+        """Whether slots keep something of their own from step to step, which checkpoints contain: the codec's residuals
+        or the moments of rounds. At `version`, or at any."""
+        if self.codec.decay > 0:
+            return True
+        keeps = self.local is not None and self.local.inner_state == "keep"
+        return keeps and (version is None or version > self.rounds.after)
+
+    @property
+    def slot_state_title(self) -> str:
+        """What slots keep of their own, for people."""
+        moments = self.local is not None and self.local.inner_state == "keep"
+        return " and ".join(["residuals"] * (self.codec.decay > 0) + ["moments"] * moments)
+
     def num_samples(self, version: int) -> int:
         """Number of samples of all slots from a version to the next one, at most where the plan is to decide it."""
         slots = range(self.training.num_slots)

@@ -174,7 +174,7 @@ async def test_a_codec_without_residual_waits_for_none_and_takes_none(cluster: C
     assert (await manifest_of(cluster, job_id)).residuals == ()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await worker.stub.ReportResidual(residual(worker, job_id, 0))
-    assert "codec bf16 keeps no residual" in str(error_from_rpc(caught.value, "coordinator"))
+    assert "slots keep nothing there" in str(error_from_rpc(caught.value, "coordinator"))
 
 
 async def test_a_residual_that_is_not_there_holds_the_checkpoint_with_its_cure(cluster: Cluster) -> None:

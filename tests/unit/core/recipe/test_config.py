@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.recipe.fine_tuning import KEY, OLD_KEY, Base, FineTuning, with_new_key
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe, parse_recipe
@@ -126,7 +125,7 @@ def test_a_wrong_value_is_refused_with_its_reason(tree: Any, message: str) -> No
 def test_a_job_keeps_residuals_where_their_decay_is_above_zero(codec: dict[str, Any], decay: float) -> None:
     recipe = parse_recipe(changed(codec=codec))
     assert recipe.codec.decay == decay
-    assert keeps_residuals(recipe.codec) == (decay > 0)
+    assert recipe.keeps_slot_state() == (decay > 0)
 
 
 def test_positions_of_gpt2_are_known_too() -> None:

@@ -38,9 +38,9 @@ async def measure(
     timing: Sequence[str] = (),
 ) -> list[Result]:
     """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
-    most_servers = -(-num_servers // (num_hosts or num_servers))
-    peers = f"{num_workers} workers with a connection to each of its {most_servers} servers"
-    if short := shortage(max_open_files(), num_workers * most_servers, peers):
+    max_servers = -(-num_servers // (num_hosts or num_servers))
+    peers = f"{num_workers} workers with a connection to each of its {max_servers} servers"
+    if short := shortage(max_open_files(), num_workers * max_servers, peers):
         fail("scale", f"a process of servers {short}, or take more --hosts")
     times: list[float] = []
     async with cluster(directory, num_servers, memory, secure, num_hosts, timing) as running:

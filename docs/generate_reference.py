@@ -19,6 +19,9 @@ from pydantic_core import PydanticUndefined
 
 from gradstream.coordinator.cli.app import COMMANDS, EPILOG, app
 from gradstream.core import errors
+from gradstream.core.metrics.definition import ROLES
+from gradstream.core.metrics.table import TABLE
+from gradstream.core.node.probe import TITLES
 from gradstream.core.recipe.files import load_tree
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 from gradstream.core.recipe.recipe import Recipe
@@ -35,6 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/client.md": "# Python client\n\n::: gradstream.client\n",
         "reference/calls.md": "# Calls and messages\n\n" + "\n".join(calls()),
         "reference/errors.md": error_page(),
+        "reference/metrics.md": metrics_page(),
         "index.md": beside("README.md"),
         "contributing.md": beside("CONTRIBUTING.md"),
         "changes.md": beside("CHANGELOG.md"),
@@ -213,6 +217,29 @@ def error_page() -> str:
         "reader of its output went away."
     )
     return "\n".join([head, *error_rows(errors.GradstreamError), tail])
+
+
+def metrics_page() -> str:
+    """The table of metrics, by role."""
+    head = (
+        "# Metrics\n\nEvery metric of `gradstream serve`, by the role that serves it. [Monitoring](../monitoring.md) "
+        "says how they are scraped, and what to look at first. Beside these each role has the usage of its process "
+        "(`process_cpu_seconds_total`, `process_resident_memory_bytes`, `process_open_fds` and others), as other "
+        "programs have it.\n"
+    )
+    titles = {ROLES: "Every role", **{(role,): title.capitalize() for role, title in TITLES.items()}}
+    sections: dict[tuple[str, ...], list[str]] = {}
+    for metric in TABLE:
+        labels = "<br>".join(f"`{name}`: {about}" for name, about in metric.labels.items())
+        row = f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |"
+        sections.setdefault(metric.roles, []).append(row)
+    pages = [head]
+    for roles, found in sections.items():
+        title = titles.get(roles) or " and ".join(TITLES[role] for role in roles).capitalize()
+        pages.append(
+            "\n".join([f"## {title}", "", "| metric | type | labels | what it is |", "|---|---|---|---|", *found, ""])
+        )
+    return "\n".join(pages)
 
 
 # ---- What lies beside the docs ---------------------------------------------------------------------------------------

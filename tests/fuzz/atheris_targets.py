@@ -29,6 +29,7 @@ from gradstream.core.codecs import CODEC_NAMES, codec_named
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.data.sources import list_files
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError
+from gradstream.core.metrics.http import parse_head
 from gradstream.core.plan.plan import Plan
 from gradstream.core.pretrained import base as base_model
 from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig, load_any_recipe, parse_fine_tuning_recipe
@@ -485,3 +486,11 @@ def size(data: bytes) -> None:
 def bit_rate(data: bytes) -> None:
     """`--link 1Gb/s`."""
     assert 0 < parse_bit_rate(data.decode("utf-8", "surrogateescape")) < 1e18
+
+
+@target(ProtocolError, seeds=lambda: [b"GET /metrics?a=b HTTP/1.1\r\nAccept: */*\r\nAuthorization: Bearer x\r\n\r\n"])
+def http(data: bytes) -> None:
+    """The head of a request for metrics."""
+    request = parse_head(data)
+    assert request.path.startswith("/")
+    assert "?" not in request.path

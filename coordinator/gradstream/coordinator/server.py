@@ -11,6 +11,7 @@ import grpc.aio
 
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
+from gradstream.coordinator.readings import readings
 from gradstream.coordinator.servicers.jobs import JobsServicer
 from gradstream.coordinator.servicers.nodes import CoordinatorServicer, add_coordinator
 from gradstream.coordinator.servicers.views import Views
@@ -18,7 +19,12 @@ from gradstream.coordinator.state.sqlite import SqliteState
 from gradstream.coordinator.timing import Timing
 from gradstream.core import __version__
 from gradstream.core.errors import GradstreamError, one_line
+from gradstream.core.job_states import QUEUED
 from gradstream.core.log import get_logger
+from gradstream.core.metrics.address import MetricsAddress
+from gradstream.core.metrics.definition import Reading
+from gradstream.core.metrics.endpoint import MetricsEndpoint
+from gradstream.core.metrics.role import role_endpoint
 from gradstream.core.node import probe, process
 from gradstream.core.node.session import GRACE_SECONDS
 from gradstream.core.rpc import access, channel
@@ -48,11 +54,13 @@ class Coordinator:
         transport: Transport = PLAIN,
         tokens: Path | None = None,
         grace_seconds: float = GRACE_SECONDS,
+        metrics: MetricsAddress | None = None,
     ):
         """Create a coordinator.
 
         `tokens` is the file of the table of tokens, needed when `transport` is secure. `grace_seconds` is the time to
-        finish a manifest that is being written when the coordinator stops.
+        finish a manifest that is being written when the coordinator stops. `metrics` is where it serves its metrics;
+        None: nowhere.
         """
         self._grace_seconds = grace_seconds
         self._listen = listen
@@ -61,8 +69,11 @@ class Coordinator:
         self._root = root
         self._transport = transport
         self._tokens_path = tokens
+        self._metrics_address = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
+        self.metrics: MetricsEndpoint | None = None
+        """The endpoint for Prometheus, if there is one."""
 
     async def start(self) -> None:
         """Open the state and serve. Raises ConfigError when the state or the address is in use or unusable."""
@@ -89,12 +100,25 @@ class Coordinator:
                 _add_reflection(self._server)
             port = channel.listen(self._server, self._listen, self._transport)
             self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+            if self._metrics_address is not None:
+                self.metrics = role_endpoint(
+                    self._metrics_address,
+                    access.COORDINATOR,
+                    self._transport,
+                    guards[0] if guards else None,
+                    self._readings,
+                    lambda: self._state_dir,
+                )
             await self.controller.start()
             await self._health.set(await self._is_healthy())
             await self._server.start()
+            if self.metrics is not None:
+                await self.metrics.start()
         except BaseException:
             for task in self._tasks:
                 task.cancel()
+            if self.metrics is not None:
+                await self.metrics.close()
             self._lock.close()
             raise
         self._tasks.append(asyncio.create_task(self._health.watch(self._is_healthy, process.HEALTH_CHECK_SECONDS)))
@@ -106,6 +130,8 @@ class Coordinator:
             with suppress(asyncio.CancelledError):
                 await task
         await self._health.shut_down()
+        if self.metrics is not None:
+            await self.metrics.close()
         await self.controller.stop(self._grace_seconds)
         await self._server.stop(process.STOP_GRACE_SECONDS)
         await self.controller.timelines.close()
@@ -113,6 +139,10 @@ class Coordinator:
         await self.controller.reads.close()
         self._state.close()
         self._lock.close()
+
+    async def _readings(self) -> list[Reading]:
+        num_queued = await self.controller.reads.call(lambda reader: len(reader.list_jobs((QUEUED,))))
+        return list(readings(self.controller, num_queued))
 
     async def _is_healthy(self) -> bool:
         """Whether reports can be stored. SERVING means this, not only that the process runs."""
@@ -137,16 +167,17 @@ async def serve(
     credentials: Path | None = None,
     tokens: Path | None = None,
     grace_seconds: float = GRACE_SECONDS,
+    metrics: MetricsAddress | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register.
 
     `root` is the directory that replaces the one in which a recipe is submitted (gradstream.core.recipe.roots); empty
     for none. `credentials` is the directory of the coordinator's own credentials. `tokens` is the table of tokens, by
-    default tokens.json in this directory.
+    default tokens.json in this directory. `metrics` is where the metrics are served; None: nowhere.
     """
     if credentials is not None and tokens is None:
         tokens = credentials / TOKENS_NAME
-    coordinator = Coordinator(listen, state_dir, timing, root, Transport(credentials), tokens, grace_seconds)
+    coordinator = Coordinator(listen, state_dir, timing, root, Transport(credentials), tokens, grace_seconds, metrics)
     await coordinator.start()
     async with AsyncExitStack() as stack:
         ready = process.ReadyFile(ready_file)

@@ -20,6 +20,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "jinja2",
         "numpy",
         "peft",
+        "prometheus_client",
         "pyarrow",
         "safetensors",
         "tokenizers",

@@ -7,8 +7,12 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradstream.coordinator.cli.options import parse_size
+
+if TYPE_CHECKING:
+    from gradstream.core.metrics.address import MetricsAddress
 
 DEFAULT_MEMORY_SHARE = 0.8
 
@@ -75,7 +79,23 @@ def writable_directory(directory: Path, option: str) -> Path:
         ) from None
 
 
-def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:
+def metrics_address(
+    metrics: str | None, listen: str, credentials: Path | None, insecure: bool
+) -> MetricsAddress | None:
+    """The --metrics option; None for "off". Without one: on the host of --listen. Raises ConfigError."""
+    if metrics == "off":
+        return None
+    from gradstream.core.metrics.address import MetricsAddress
+
+    if metrics is None:
+        return MetricsAddress(listen.rpartition(":")[0])
+    check_address(metrics, "--metrics")
+    check_exposure(metrics, credentials, insecure, "--metrics")
+    host, _, port = metrics.rpartition(":")
+    return MetricsAddress(host, int(port))
+
+
+def check_exposure(listen: str, credentials: Path | None, insecure: bool, option: str = "--listen") -> None:
     """Raise ConfigError when a role would serve other machines without credentials and without --insecure."""
     import ipaddress
 
@@ -90,7 +110,7 @@ def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> Non
         is_loopback = host == "localhost"
     if credentials is None and not insecure and not is_loopback:
         raise ConfigError(
-            f"--listen {listen} is open to other machines, and there are no credentials; name some with --credentials "
+            f"{option} {listen} is open to other machines, and there are no credentials; name some with --credentials "
             f"(`gradstream certs init` makes them), or use --insecure on a network where you trust every machine"
         )
 

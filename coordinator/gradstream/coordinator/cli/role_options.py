@@ -112,6 +112,16 @@ TimingOption = Annotated[
         show_default=False,
     ),
 ]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        envvar="GRADSTREAM_METRICS",
+        metavar="HOST:PORT",
+        help="Where to serve metrics for Prometheus; port 0 is any free one; off: nowhere.",
+        show_default="the host of --listen, the first free port from 9464 on",
+    ),
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option(

@@ -22,6 +22,7 @@ from gradstream.coordinator.cli.role_checks import (
     check_name,
     default_name,
     memory_bytes,
+    metrics_address,
     root_directory,
     state_directory,
     writable_directory,
@@ -36,6 +37,7 @@ from gradstream.coordinator.cli.role_options import (
     LogLevel,
     LogLevelOption,
     MemoryOption,
+    MetricsOption,
     NameOption,
     NodeCoordinatorOption,
     ParentOption,
@@ -86,6 +88,7 @@ def coordinator(
     ready_file: ReadyFileOption = None,
     grace: GraceOption = GRACE_SECONDS,
     timing: TimingOption = None,
+    metrics: MetricsOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
@@ -114,6 +117,7 @@ def coordinator(
         credentials,
         tokens,
         grace,
+        metrics_address(metrics, listen, credentials, insecure),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gradstream.coordinator.jobs import checkpoints, decisions, plan_making, stalls
@@ -35,6 +36,7 @@ from gradstream.coordinator.planning.needs import human_bytes
 from gradstream.coordinator.state.notify import Notifier
 from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.coordinator.state.threads import StateReads, StateWrites
+from gradstream.coordinator.telemetry.counts import Counts
 from gradstream.coordinator.telemetry.sampling import decide_sampling
 from gradstream.coordinator.telemetry.timelines import Timelines
 from gradstream.coordinator.timing import Timing
@@ -60,6 +62,10 @@ class Controller:
         self.reads = StateReads(state)
         self.writes = StateWrites(state)
         self.notifier = Notifier(state, self.reads, self.writes)
+        self.counts = Counts()
+        self.notifier.observers.append(self.counts.take)
+        # How often jobs went on after servers were lost: servers_back, rolled_back.
+        self.num_recoveries: Counter[str] = Counter()
         self.journal = Journal(state, self.notifier)
         self.timelines = Timelines()
         self.leasing = Leasing(self.members, self.timing, self.timelines)
@@ -315,6 +321,7 @@ class Controller:
         if verdict is Verdict.HOLD:
             reason = "its servers came back with all of their state; no step is lost"
             self.transitions.set_state(active, RUNNING, reason)
+            self.num_recoveries["servers_back"] += 1
             active.leases_due = True
         elif verdict is Verdict.WAIT and reason != active.planning.server_wait:
             active.planning.server_wait = reason
@@ -393,6 +400,7 @@ class Controller:
             self.transitions.leave(active, PAUSED, reason, event)
         else:
             self.transitions.set_state(active, PLANNING, f"{reason}; going back to the last checkpoint", event)
+            self.num_recoveries["rolled_back"] += 1
             self._advance_plan(active, now)
 
     def _judge_end(self, active: ActiveJob, now: float) -> None:

@@ -6,6 +6,7 @@ is due again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,8 @@ class Journal:
         self._notifier = notifier
         # Whether a job may be queued. An idle cluster then need not read all jobs at every tick.
         self.jobs_changed = True
+        # Number of jobs that have ended, by the state in which they ended, since this process began.
+        self.num_ended: Counter[jobs_pb2.JobState.ValueType] = Counter()
 
     def create(self, record: JobRecord, events: Sequence[Event]) -> None:
         """Store a new job with its first events. Raises UnreachableError."""
@@ -56,6 +59,8 @@ class Journal:
         changed = replace(record, **changes)
         items = [event.as_item() for event in events]
         self._state.store_job(changed, items, plan)
+        if changed.state in ENDED and record.state not in ENDED:
+            self.num_ended[changed.state] += 1
         self._told(changed, items)
         return changed
 

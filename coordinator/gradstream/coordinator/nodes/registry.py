@@ -6,10 +6,11 @@ for a job.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from gradstream.coordinator.nodes.membership import Membership, NodeEntry
-from gradstream.coordinator.nodes.sessions import Hub, OpenSession
+from gradstream.coordinator.nodes.sessions import LEFT, Hub, OpenSession
 from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.log import get_logger
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
@@ -23,6 +24,8 @@ class NodeRegistry:
     def __init__(self, timing: Timing, now: float):
         self._timing = timing
         self.members = Membership(timing.heartbeat_seconds, timing.lease_seconds)
+        # Number of nodes, by kind, that went without saying that they leave.
+        self.num_lost: Counter[coordinator_pb2.NodeKind.ValueType] = Counter()
         self._hub = Hub()
         self._ticked_at = now
         # The last plan that was sent, and its directive.
@@ -86,18 +89,27 @@ class NodeRegistry:
         """Tell a node to forget a job."""
         self._hub.release(node, job_id, reason)
 
+    @property
+    def num_directives(self) -> int:
+        """Number of directives that wait for their nodes."""
+        return self._hub.num_queued
+
     # --- departure --------------------------------------------------------------------------------------------------
 
     def close_session(self, session: OpenSession, why: str) -> NodeEntry | None:
         """Note that a session has ended. Return the node, which is silent now; None if it has another session."""
         self._hub.close(session, why)
-        return self.members.close_session(session.node_id, session.number)
+        node = self.members.close_session(session.node_id, session.number)
+        if node is not None and why != LEFT:
+            self.num_lost[node.kind] += 1
+        return node
 
     def expire(self, now: float) -> list[NodeEntry]:
         """End the nodes whose lease has run out, and their sessions; return the nodes."""
         expired = self.members.expire(now)
         for node in expired:
             self._hub.end(node.node_id, "its lease ran out")
+            self.num_lost[node.kind] += 1
         return expired
 
     def forgive_own_stall(self, now: float) -> float:

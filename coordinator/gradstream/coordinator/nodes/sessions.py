@@ -12,6 +12,8 @@ from gradstream.core.errors import GradstreamError
 from gradstream.proto.v1 import coordinator_pb2
 
 MAX_QUEUED = 64
+LEFT = "it left"
+"""The reason of a session that its node ended itself."""
 
 
 class OpenSession:
@@ -36,6 +38,11 @@ class OpenSession:
         if self.ended is None:
             self.ended = why
             self._queue.put_nowait(None)
+
+    @property
+    def num_queued(self) -> int:
+        """Number of directives that wait for the node."""
+        return self._queue.qsize()
 
     async def next(self) -> bytes | None:
         """The next directive, serialized; None when the session is over."""
@@ -76,6 +83,11 @@ class Hub:
         session = self._sessions.get(node.node_id)
         if session is not None and not session.send(directive):
             self.end(node.node_id, "the node does not read its directives")
+
+    @property
+    def num_queued(self) -> int:
+        """Number of directives that wait for their nodes."""
+        return sum(session.num_queued for session in self._sessions.values())
 
     def release(self, node: NodeEntry, job_id: str, reason: str) -> None:
         """Tell a node to forget a job."""

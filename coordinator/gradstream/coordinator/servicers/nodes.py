@@ -14,7 +14,7 @@ import grpc.aio
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
 from gradstream.coordinator.nodes.membership import KIND_WORDS, SERVER, WORKER
-from gradstream.coordinator.nodes.sessions import OpenSession
+from gradstream.coordinator.nodes.sessions import LEFT, OpenSession
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.timing import unix_ms
 from gradstream.core import __version__
@@ -105,7 +105,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         if isinstance(why, GradstreamError):
             context.set_trailing_metadata(((ERROR_CLASS_KEY, type(why).__name__),))
             await context.abort(why.status, str(why))
-        elif why and why != _LEFT:
+        elif why and why != LEFT:
             await context.abort(grpc.StatusCode.ABORTED, f"{why}; register again")
 
     async def _read(
@@ -126,7 +126,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 if message.log:
                     self._log(session, message)
                 if message.leaving:
-                    why = _LEFT
+                    why = LEFT
                     break
                 message = await anext(requests, None)
         finally:
@@ -235,10 +235,6 @@ def add_coordinator(servicer: CoordinatorServicer, server: grpc.aio.Server) -> N
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
     # The handler that is registered last serves a call.
     server.add_registered_method_handlers(service, {"Session": session})  # type: ignore[attr-defined]
-
-
-# The reason of a session that its node ended itself.
-_LEFT = "it left"
 
 
 def check_registration(request: coordinator_pb2.RegisterRequest) -> None:

@@ -15,6 +15,7 @@ from gradstream.coordinator.jobs.residuals import standing
 from gradstream.coordinator.jobs.stalls import seconds_to_commit, step_seconds
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord, StateReader, StepTotals
+from gradstream.coordinator.telemetry.counts import codec_name
 from gradstream.coordinator.telemetry.step_times import breakdown
 from gradstream.coordinator.timing import judge_wait, unix_ms
 from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
@@ -387,11 +388,7 @@ class Views:
 
 def codecs_line(codec: CodecConfig, last: coordinator_pb2.ReportStepRequest) -> str:
     """The codecs of a step for people, with the reason if they were chosen automatically."""
-    push, chosen = _codec_name(last.push_codec), _codec_name(last.pull_codec)
+    push, chosen = codec_name(last.push_codec), codec_name(last.pull_codec)
     pull = f"delta-{chosen}" if codec.pull == "auto" else codec.pull
     reason = f" (auto: {last.codec_reason})" if last.codec_reason else ""
     return f"push {push}, pull {pull}{reason}"
-
-
-def _codec_name(wire: plan_pb2.Codec.ValueType) -> str:
-    return plan_pb2.Codec.Name(wire).removeprefix("CODEC_").lower().replace("_", "-")

@@ -56,6 +56,8 @@ class Notifier:
         self._watchers: dict[str, set[Watcher]] = {}
         # Number of times that a watcher was woken.
         self.num_wakes = 0
+        # Functions that are called with the job and the new items of each history, once these are stored.
+        self.observers: list[Callable[[str, Sequence[jobs_pb2.WatchJobResponse]], None]] = []
 
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
         """Add items to a job's history soon, and before what a later write adds. If this fails, they are lost."""
@@ -80,6 +82,8 @@ class Notifier:
 
     def changed(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse] | None = None) -> None:
         """Wake the job's watchers that want one of the new items of its history; without items, wake all."""
+        for observe in self.observers:
+            observe(job_id, items or ())
         for watcher in self._watchers.get(job_id, ()):
             self.num_wakes += watcher.tell(items)
 

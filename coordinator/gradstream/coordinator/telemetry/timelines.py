@@ -266,6 +266,11 @@ class Timelines:
         self._writing: set[asyncio.Task[None]] = set()
         self._pending_bytes = 0
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the reports that are queued for the disk."""
+        return self._pending_bytes
+
     def take(self, record: JobRecord, worker: str, report: coordinator_pb2.ReportTimelineRequest) -> None:
         """Queue a checked report for the disk; drop it when the disk does not keep up, since the queue is bounded."""
         # Unknown fields, in which a peer could send any data, must not reach the disk.

@@ -59,8 +59,12 @@ class Rule:
     audited: bool = False
 
 
-# Rules for the services of other protos, which have no `access` option.
+METRICS = "/metrics"
+"""The path of a role's metrics, which are no call of a proto."""
+
+# Rules for what has no `access` option: the services of other protos, and the metrics.
 _FOREIGN = {
+    METRICS: Rule(frozenset((VIEWER,))),
     "/grpc.health.v1.Health/": Rule(frozenset(ROLES)),
     "/grpc.reflection.v1alpha.ServerReflection/": Rule(frozenset((ADMIN,))),
 }

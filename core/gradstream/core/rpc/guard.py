@@ -9,22 +9,19 @@ token expires or is revoked. Audited calls are recorded with their caller and ou
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import inspect
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
-from gradstream.core.credentials.store import dns_name
-from gradstream.core.credentials.tokens import PEOPLE_ROLES, ROLES, Token, TokenTable, check
+from gradstream.core.credentials.tokens import PEOPLE_ROLES, Token, TokenTable, check
 from gradstream.core.errors import (
     AccessError,
     BusyError,
@@ -36,11 +33,11 @@ from gradstream.core.errors import (
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import access
 from gradstream.core.rpc.access import Caller
+from gradstream.core.rpc.callers import MAX_CERTIFICATES, Context, Shown, shown_by, token_of
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
 from gradstream.core.rpc.errors import abort, answering
-from gradstream.core.rpc.limits import MAX_NODES, MIN_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
+from gradstream.core.rpc.limits import MIN_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
 from gradstream.core.rpc.refusals import AuditEvent, Refusals
-from gradstream.core.rpc.transport import AUTHORIZATION, BEARER
 
 log = get_logger()
 
@@ -53,11 +50,9 @@ REQUEST_SECONDS = 20.0
 READING_SECONDS = 60.0
 """Time for which a caller may leave a response unread, or an upload without its next message. After it the call is
 ended, because other callers may need the resources that it holds."""
-MAX_IDLE_METERS = 2 * MAX_NODES
+MAX_IDLE_METERS = MAX_CERTIFICATES
 
 _END = object()
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TokenSource(Protocol):
@@ -99,17 +94,6 @@ class _Call:
             self.refusal, self.refused_at = refusal, now
         if now - self.refused_at >= SENDING_SECONDS if self.is_sending else is_new:
             self.task.cancel()
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The caller's identity that the connection proves. All but `host` are empty without a certificate."""
-
-    role: str
-    name: str
-    certificate_sha256: str
-    """The certificate's hash, in hex."""
-    host: str
 
 
 def decide(
@@ -284,14 +268,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         audited = rule is not None and rule.audited
         shown, text = shown_by(context), token_of(context)
         caller = Caller(shown.name, shown.role, shown.host)
-        # Refused calls count as well: the rate limit of a certificate holds for all of its calls.
-        meter = self._meter(shown)
-        busy = meter.enter(time.monotonic())
-        error = BusyError(busy) if busy else self._refusal(method, text, shown)
+        meter, error = self._enter(method, caller, text, shown)
         if error is not None:
-            if not busy:
-                meter.leave()
-            self._refused(method, caller, error)
             await abort(context, error)
         task = asyncio.current_task()
         assert task is not None
@@ -315,6 +293,28 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
             meter.leave()
             if audited:
                 self._write([self._event(method, caller, call.subject, outcome)])
+
+    def judge(self, method: str, token_text: str, shown: Shown) -> GradstreamError | None:
+        """Decide on a request outside of gRPC that is answered at once; return the error that refuses it, if any.
+
+        It counts against the caller's limits, and a refusal is recorded, as for a call.
+        """
+        meter, error = self._enter(method, Caller(shown.name, shown.role, shown.host), token_text, shown)
+        if error is None:
+            meter.leave()
+        return error
+
+    def _enter(self, method: str, caller: Caller, text: str, shown: Shown) -> tuple[Meter, GradstreamError | None]:
+        """Count a call that begins. Return the error that refuses it, which is recorded; it is not under way then."""
+        # Refused calls count as well: the rate limit of a certificate holds for all of its calls.
+        meter = self._meter(shown)
+        busy = meter.enter(time.monotonic())
+        error = BusyError(busy) if busy else self._refusal(method, text, shown)
+        if error is not None:
+            if not busy:
+                meter.leave()
+            self._refused(method, caller, error)
+        return meter, error
 
     def _refusal(self, method: str, text: str, shown: Shown) -> GradstreamError | None:
         """The error with which a call is refused; None when it is admitted."""
@@ -372,26 +372,3 @@ def _size(message: Any) -> int:
 def _subject(request: Any) -> str:
     found = next((str(value) for name in ("job_id", "name") if (value := getattr(request, name, ""))), "")
     return found[:200]
-
-
-def token_of(context: Context) -> str:
-    """The bearer token of a call; empty when it has none."""
-    for key, value in context.invocation_metadata() or ():
-        if key == AUTHORIZATION and isinstance(value, str) and value.startswith(BEARER):
-            return value[len(BEARER) :]
-    return ""
-
-
-def shown_by(context: Context) -> Shown:
-    """The caller's identity that the connection of a call proves."""
-    found = context.auth_context()
-    names = {name.decode(errors="replace") for name in found.get("x509_subject_alternative_name", ())}
-    role = next((role for role in ROLES if dns_name(role) in names), "")
-    name = b"".join(found.get("x509_common_name", ())).decode(errors="replace")
-    certificate = b"".join(found.get("x509_pem_cert", ()))
-    return Shown(role, name, _sha256(certificate) if certificate else "", context.peer().rpartition(":")[0])
-
-
-@lru_cache(maxsize=MAX_IDLE_METERS)
-def _sha256(pem: bytes) -> str:
-    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))).hexdigest()

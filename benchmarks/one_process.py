@@ -106,6 +106,7 @@ class _Server:
             0,
             self._executor,
             self._no_other_leader,
+            self._no_other_leader,
             self._committed,
             self._written,
             self._report_failure,

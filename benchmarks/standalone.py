@@ -293,7 +293,7 @@ class ServerActor:
         async def fail(error: Exception) -> None:
             self.failures.append(error)
 
-        self.shard = Shard(plan, 0, self._executor, ignore, ignore, count, fail)  # type: ignore[arg-type]
+        self.shard = Shard(plan, 0, self._executor, ignore, ignore, ignore, count, fail)  # type: ignore[arg-type]
         await self.shard.load()
         return f"127.0.0.1:{self._port}"
 

@@ -22,8 +22,8 @@ from support.fuzzing import ODD_TEXTS, ODD_VALUES, allocating_at_most, fuzzed, m
 from support.micro import MICRO_LLAMA
 
 from gradstream.coordinator.planning.planner import check_data
-from gradstream.coordinator.servicers.jobs import make_run_directory
 from gradstream.coordinator.servicers.recipe_data import read_data_manifest
+from gradstream.coordinator.servicers.submissions import make_run_directory
 from gradstream.core.checkpoint.manifest import read_manifest
 from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.data.manifest import parse_manifest

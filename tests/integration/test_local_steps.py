@@ -12,10 +12,11 @@ from support.cluster import Cluster, running
 from support.plain_rounds import plain_losses
 from support.tiny import tiny_recipe
 
-from gradstream.client import Step
+from gradstream.client import Event, Step
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.data.sampler import SlotSampler
 from gradstream.core.model.model import build, initial_weights
+from gradstream.core.plan.leases import slots_text
 from gradstream.core.recipe.recipe import Recipe
 
 LENGTH = 5
@@ -110,6 +111,60 @@ def test_losses_equal_plain_pytorch(cluster: Cluster, tiny_data: Path, tmp_path:
     expected = losses_of_one_process(recipe, tiny_data)
     assert losses == pytest.approx(expected, rel=1e-6)
     assert expected[-1] < expected[0] - 0.5
+
+
+@pytest.mark.timeout(240)
+def test_rounds_without_late_slots_are_replayed_to_the_same_bits(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """A worker holds its slots up, and a server is lost. The slots that counted give the same bits elsewhere."""
+    num_rounds, quorum = 9, 2
+    cluster.kill("server-1")
+    cluster.start_servers("server-1", faults="kill@step=6,decided=1")
+    cluster.start_workers("late", faults="slow@milliseconds=150")
+    recipe = recipe_of(
+        tiny_data,
+        tmp_path / "runs",
+        "shared",
+        local={"steps": LENGTH, "quorum": quorum, "grace_seconds": 0.05},
+        training={"num_steps": num_rounds * LENGTH},
+        checkpoint={"interval_steps": 4 * LENGTH},
+        cluster={"min_workers": 3, "min_servers": 2},
+    )
+    client = cluster.client
+    job = client.submit(recipe)
+    assert cluster.wait_dead("server-1") == -9
+    cluster.start_servers("server-1")
+    job = cluster.finish(job.job_id)
+
+    rows = [row for row in client.metrics(job.job_id) if row.epoch is not None]
+    assert len(rows) == num_rounds
+    counts = [len(row.slots) for row in rows]
+    assert quorum <= min(counts) < 4, counts
+    assert job.num_samples == sum(counts) * LENGTH * 2, "samples of late slots were not used"
+    assert job.num_tokens == job.num_samples * 32 == rows[-1].num_tokens
+    history = list(client.watch(job.job_id, follow=False))
+    steps = [item for item in history if isinstance(item, Step)]
+    assert job.epoch == 2
+    again = [item for item in steps if item.epoch == 1 and item.version >= 4]
+    assert len(again) >= 2, "rounds since the checkpoint were computed again"
+    for item in again:
+        (other,) = [other for other in steps if other.epoch == 2 and other.version == item.version]
+        assert (other.slots, other.loss, other.grad_norm) == (item.slots, item.loss, item.grad_norm)
+    said = [item.message for item in history if isinstance(item, Event)]
+    late = [slot for slot in range(4) if slot not in rows[counts.index(min(counts))].slots]
+    assert any(f"committed with {min(counts)} of 4 slots, without {slots_text(late)}" in line for line in said)
+    assert any("outside the exact class" in line and "take the slots that the ledger has" in line for line in said)
+
+    cluster.terminate("late", "worker-1")
+    cluster.start_servers("server-2")
+    replay = cluster.finish(client.replay(job.job_id, request_id="a-replay").job_id)
+    assert client.replay(job.job_id, request_id="a-replay").job_id == replay.job_id, "the request counts once"
+    assert [row.slots for row in client.metrics(replay.job_id) if row.epoch is not None] == [row.slots for row in rows]
+    assert cluster.final_digest(replay.job_id) == cluster.final_digest(job.job_id)
+    assert (replay.num_tokens, replay.validation_loss) == (job.num_tokens, job.validation_loss)
+    cluster.terminate("server-2")
+    cluster.start_workers("worker-1")
 
 
 @pytest.mark.timeout(300)

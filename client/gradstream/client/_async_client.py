@@ -371,6 +371,21 @@ class AsyncClient:
         response = await self._connection.call(lambda stub, timeout: stub.ResumeJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
+    async def replay(self, job_id: str, *, request_id: str | None = None) -> Job:
+        """Queue a job that computes a job's rounds again, with the slots that counted there. Return it as queued.
+
+        For jobs with `local.quorum`, in which the slots that count depend on time. The new job has the same recipe and
+        ends with the same bits, on any workers and servers. Of a job that has not finished it computes the rounds so
+        far. `request_id` is that of `submit`.
+
+        Raises ConfigError when the job has no quorum or no round yet, DataError when its data set is another one now.
+        """
+        request = jobs_pb2.ReplayJobRequest(job_id=job_id, request_id=request_id or new_request_id())
+        response = await self._connection.call_once(
+            lambda stub, timeout: stub.ReplayJob(request, timeout=max(timeout, SUBMIT_SECONDS)), request.request_id
+        )
+        return Job.from_proto(response.job)
+
     async def replan(self, job_id: str, without: Iterable[str] = ()) -> Job:
         """Put a new plan in the place of a running job's at its next step boundary, by way of a checkpoint.
 

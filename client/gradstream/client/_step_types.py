@@ -125,6 +125,8 @@ class StepMetrics(Value):
     """From which the step starts; without local steps it equals `step`."""
     num_steps: int | None
     """1, or the inner steps of a round."""
+    slots: tuple[int, ...] = ()
+    """Of a round with a quorum, the slots that counted; tokens and loss are those of these slots. Empty: all slots."""
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.StepMetrics) -> StepMetrics:
@@ -145,4 +147,5 @@ class StepMetrics(Value):
             version=message.version if message.HasField("version") else message.step,
             # An earlier coordinator gives neither; without an epoch the row has no step.
             num_steps=(message.num_steps or 1) if message.epoch else None,
+            slots=tuple(message.slots),
         )

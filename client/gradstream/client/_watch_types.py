@@ -59,6 +59,8 @@ class Step(_WatchValue):
     pushed_bytes: int
     version: int
     num_steps: int
+    slots: tuple[int, ...] = ()
+    """Of a round with a quorum, the slots that counted; empty: all slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ def watch_item(message: jobs_pb2.WatchJobResponse) -> WatchItem | None:
                 pushed_bytes=step.pushed_bytes,
                 version=step.step,
                 num_steps=step.num_steps if step.HasField("num_steps") else 1,
+                slots=tuple(step.slots),
             )
         case "validation":
             validation = message.validation

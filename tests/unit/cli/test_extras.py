@@ -44,6 +44,7 @@ WORKS_WITH_A_CLUSTER = [
     "plan stdlib-gpt",
     "metrics tiny-1",
     "pause tiny-1",
+    "replay tiny-1",
     "replan tiny-1",
     "rm tiny-1 --dry-run",
     "resume tiny-1",

@@ -343,6 +343,13 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.ResumeJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
+    async def ReplayJob(self, request: Any, context: Any) -> jobs_pb2.ReplayJobResponse:
+        self.requests.append(request)
+        async with rpc_errors.answering(context):
+            self._find(request.job_id)
+            return jobs_pb2.ReplayJobResponse(job=canned_job("tiny-2", state=jobs_pb2.JOB_STATE_QUEUED))
+        raise AssertionError
+
     async def ReplanJob(self, request: Any, context: Any) -> jobs_pb2.ReplanJobResponse:
         self.requests.append(request)
         async with rpc_errors.answering(context):

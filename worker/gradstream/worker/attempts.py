@@ -40,12 +40,20 @@ Done = set[tuple[int, bool]]
 def next_slots(
     plan: Plan, version: int, held: Sequence[int], done: Collection[tuple[int, bool]]
 ) -> tuple[tuple[int, ...], bool] | None:
-    """The slots of the next attempt at a version, and whether it is a validation pass; None when nothing is left."""
+    """The slots of the next attempt at a version, and whether it is a validation pass; None when nothing is left.
+
+    In a round of which the ledger has the slots that counted, the others are not computed. Where the quorum decides,
+    the held slots take turns in coming first, because the last one of a slow worker is left out.
+    """
     recipe = plan.recipe
+    counted = plan.counted_slots(version) if version < plan.last_version else ()
+    if counted is None and held:
+        first = version % len(held)
+        held = [*held[first:], *held[:first]]
     for slot in held:
         if recipe.validates(version) and (slot, True) not in done:
             return (slot,), True
-        if version < plan.last_version and (slot, False) not in done:
+        if (counted is None or slot in counted) and (slot, False) not in done:
             return _together(plan, version, slot, held, done), False
     return None
 

@@ -44,6 +44,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("top", "top", "top", "Watch nodes and job live."),
     ("pause", "jobs", "pause", "Pause a job at its next step boundary, with a checkpoint."),
     ("resume", "jobs", "resume", "Go on with a paused job, or start a stopped or failed one again."),
+    ("replay", "jobs", "replay", "Compute a job's rounds again with the slots that counted: the same bits."),
     ("replan", "jobs", "replan", "Bring idle servers into a running job, or take servers out of it."),
     ("stop", "jobs", "stop", "End a job at its next step boundary, or at once."),
     ("rm", "rm", "rm", "Remove jobs that have ended: record, history, checkpoints."),

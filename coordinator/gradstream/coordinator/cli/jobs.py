@@ -1,4 +1,4 @@
-"""Commands about jobs: submit, watch, ls, status, pause, resume, replan, stop."""
+"""Commands about jobs: submit, watch, ls, status, pause, resume, replay, replan, stop."""
 
 from __future__ import annotations
 
@@ -213,6 +213,28 @@ def resume(
         job = client.resume(job_id or client.job().job_id, steps)
     _print_changed(job, output)
     terminal.hint(f"watch it: gradstream watch {job.job_id}")
+
+
+def replay(
+    job_id: NewestJobArgument = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show its progress until it ends.")] = False,
+    request_id: RequestIdOption = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Compute a job's rounds again, with the slots that counted there: the new job ends with the same bits.
+
+    For jobs with local.quorum, whose bits depend on which slots were late. The new job may have other workers and
+    servers. Prints its id.
+    """
+    with open_client(coordinator) as client:
+        job = client.replay(job_id or client.job().job_id, request_id=request_id)
+        if watch:
+            terminal.say(f"submitted {job.job_id}")
+            _watch(client, job, output)
+            return
+    _print_job(job, output)
+    terminal.hint(f"watch it: gradstream watch {job.job_id}", f"compare:  gradstream ckpt ls {job.job_id} -o json")
 
 
 def replan(

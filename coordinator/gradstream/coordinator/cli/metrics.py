@@ -79,7 +79,7 @@ def _print_table(job: Job, rows: Iterable[StepMetrics], num_rows: int) -> None:
     if losses and "utf" in (sys.stdout.encoding or "").lower():
         console.print(f"loss {terminal.format_loss(losses[0])} {sparkline(losses)} {terminal.format_loss(losses[-1])}")
     console.print()
-    terminal.show(metrics_table(shown))
+    terminal.show(metrics_table(shown, (job.recipe.get("training") or {}).get("num_slots", 0)))
     terminal.hint(
         f"draw it: gradstream plot {job.job_id}", f"all rows: gradstream metrics {job.job_id} -o csv > metrics.csv"
     )

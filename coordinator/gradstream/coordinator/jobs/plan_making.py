@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gradstream.coordinator.jobs import checkpoints, decisions
 from gradstream.coordinator.jobs.active import ActiveJob, Hold, nothing
 from gradstream.coordinator.jobs.journal import Event
+from gradstream.coordinator.jobs.replay import recorded_slots
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, Membership, NodeEntry
 from gradstream.coordinator.nodes.storage_checks import StorageChecks
 from gradstream.coordinator.planning import needs, planner
@@ -25,6 +27,7 @@ from gradstream.core.job_states import RUNNING
 from gradstream.core.log import get_logger
 from gradstream.core.model.trial import ModelUse
 from gradstream.core.plan.plan import Plan
+from gradstream.core.plan.recorded import RecordedSlots
 from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import plan_pb2
@@ -189,7 +192,10 @@ class PlanMaking:
             hold = await hindrance(active, start, known, nodes, self._storage)
             # Noted before the plan is made: from here on the job does not wait for the storage.
             line = note_hold(active, hold, self._clock())
-            made = await make_plan(active, nodes, start) if not hold else None
+            made = None
+            if not hold:
+                recorded = await self._recorded(active, start)
+                made = await make_plan(active, nodes, start, recorded)
             if made is not None:
                 made = replace(made, has_other_sums=adds_otherwise(self._state.load_plan(record.job_id, record.epoch)))
         except Exception as error:
@@ -198,6 +204,18 @@ class PlanMaking:
             release()
             raise
         return PlanOutcome(nodes, made, bool(hold), line, release=release)
+
+    async def _recorded(self, active: ActiveJob, start: Start) -> tuple[RecordedSlots, ...]:
+        """The slots that counted in the rounds that a plan from `start` computes again. Read in a thread of its own."""
+        if active.recipe.local is None or active.recipe.local.quorum is None:
+            return ()
+        version = start.checkpoint.version if start.checkpoint is not None else 0
+
+        def read() -> tuple[RecordedSlots, ...]:
+            with closing(self._state.open_reader()) as reader:
+                return recorded_slots(reader, active.record, active.recipe, version)
+
+        return await asyncio.to_thread(read)
 
 
 def waits_for_nodes(active: ActiveJob, now: float) -> bool:
@@ -232,8 +250,13 @@ async def hindrance(
     return gone or await storage.problem(root, sharing)
 
 
-async def make_plan(active: ActiveJob, nodes: PlanNodes, start: Start) -> MadePlan:
-    """Make a plan for the job's next epoch on these nodes, from a checkpoint. Raises GradstreamError, OSError."""
+async def make_plan(
+    active: ActiveJob, nodes: PlanNodes, start: Start, recorded: tuple[RecordedSlots, ...] = ()
+) -> MadePlan:
+    """Make a plan for the job's next epoch on these nodes, from a checkpoint. Raises GradstreamError, OSError.
+
+    `recorded` has the slots that counted in rounds that the plan computes again.
+    """
     record, recipe = active.record, active.recipe
     root = checkpoints.root_of(record.run_directory)
     profiles = None
@@ -243,7 +266,7 @@ async def make_plan(active: ActiveJob, nodes: PlanNodes, start: Start) -> MadePl
     model = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
     plan, reasons = await asyncio.to_thread(
         planner.make_plan,
-        NextEpoch(record.job_id, record.epoch + 1, start.checkpoint, root),
+        NextEpoch(record.job_id, record.epoch + 1, start.checkpoint, root, recorded),
         recipe,
         active.manifest,
         model,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradstream.coordinator.jobs import checkpoints
+from gradstream.coordinator.jobs.replay import replayed_job
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.core.job_states import ENDED, STATE_WORDS
 from gradstream.core.recipe.fine_tuning import KEY, with_new_key
@@ -39,6 +40,11 @@ def judge_removal(record: JobRecord, others: Iterable[JobRecord], pinned: Collec
         if other.state in ENDED or other.job_id == record.job_id:
             continue
         needed = checkpoints.bases_under(root, [checkpoints.base_path(other.recipe_json)])
+        if replayed_job(other) == record.job_id:
+            return False, (
+                f"{name} has the ledger whose rounds job {other.job_id} will compute again; wait until that one has "
+                f"begun, or stop it"
+            )
         if needed:
             return False, (
                 f"{name} has the checkpoint of version {min(needed)} that job {other.job_id} starts from; wait until "

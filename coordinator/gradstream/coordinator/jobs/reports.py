@@ -14,6 +14,7 @@ from typing import Any
 
 from gradstream.coordinator.jobs import checkpoints
 from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.jobs.commits import check_step, counted_line
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.journal import Event
 from gradstream.coordinator.jobs.residuals import Standing, check_residual, standing
@@ -68,27 +69,21 @@ class Reports:
     async def _step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
-        training, rounds = recipe.training, recipe.rounds
-        num_steps = len(rounds.steps_from(report.step)) if report.step < rounds.last_version else 0
-        max_samples = recipe.num_samples(report.step) if num_steps else 0
-        if (
-            not num_steps
-            or report.num_samples > max_samples
-            or report.num_tokens > max_samples * training.sequence_length
-            or (report.epoch == record.epoch and report.step < record.start_version)
-        ):
-            raise ProtocolError(f"step report {report.step} of job {report.job_id} contradicts the recipe or the plan")
+        rounds, num_steps = recipe.rounds, check_step(report, record, recipe)
         if rounds.length:
             # For clients, which need not know the recipe.
             report.first_step, report.num_steps = rounds.steps_at(report.step), num_steps
-        skipped = []
+        events = []
         if report.skipped:
             row = f"{report.consecutive_skips} in a row"
             line = f"{rounds.commit_text(report.step)} was skipped, loss or gradient was not finite ({row})"
-            skipped.append(Event("skip", line).as_item())
-        if not await self._writes.call(lambda state: state.record_step(report, skipped)):
+            events.append(Event("skip", line).as_item())
+        before = active.totals.last if active is not None else None
+        if line := counted_line(report, before, recipe.training.num_slots, rounds):
+            events.append(Event("quorum", line).as_item())
+        if not await self._writes.call(lambda state: state.record_step(report, events)):
             return
-        self._controller.notifier.changed(record.job_id, [jobs_pb2.WatchJobResponse(step=report), *skipped])
+        self._controller.notifier.changed(record.job_id, [jobs_pb2.WatchJobResponse(step=report), *events])
         self._see_step(report)
 
     def _see_step(self, report: coordinator_pb2.ReportStepRequest) -> None:

@@ -50,7 +50,7 @@ class ServerBytes:
     checkpoint: int
     # In addition while a newcomer pulls whole bundles of a version of which the other workers pull differences.
     newcomer: int
-    # Maximum of the contributions that wait to be added.
+    # Maximum of the contributions that wait to be added. With a quorum, until it is decided which slots count, all do.
     early: int
     # While matrices are updated as a whole: what the rule computes with. No contribution waits then.
     scratch: int = 0
@@ -104,7 +104,9 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     matrices = whole_tensors(optimizer, tensors) & {fragment.tensor for fragment in fragments}
     largest = sorted((tensors[number].num_elements for number in matrices), reverse=True)[:MAX_THREADS]
     scratch = SCRATCH_ARRAYS * BYTES_PER_ELEMENT * sum(largest)
-    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, min(early, MAX_WAITING_BYTES), scratch)
+    if local is None or local.quorum is None:
+        early = min(early, MAX_WAITING_BYTES)
+    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, early, scratch)
 
 
 HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

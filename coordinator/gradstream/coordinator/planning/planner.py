@@ -31,6 +31,7 @@ from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.optimizer.rules import whole_tensors
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
 from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.plan.recorded import RecordedSlots
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
 from gradstream.core.wire.stream_limits import more_than_usual_bytes, traffic
@@ -50,12 +51,16 @@ class CheckpointAt:
 
 @dataclass(frozen=True, slots=True)
 class NextEpoch:
-    """The job and epoch of a plan to be made, its first checkpoint, and the directory of its own checkpoints."""
+    """The job and epoch of a plan to be made, its first checkpoint, and the directory of its own checkpoints.
+
+    `recorded` has the slots that counted in rounds that the plan computes again.
+    """
 
     job_id: str
     epoch: int
     checkpoint: CheckpointAt | None
     checkpoint_root: str
+    recorded: tuple[RecordedSlots, ...] = ()
 
 
 def make_plan(
@@ -116,6 +121,7 @@ def make_plan(
         num_chunks=pipeline.num_chunks,
         pipeline_schedule=pipeline.schedule,
         worker_bytes=pipeline.worker_bytes,
+        recorded=at.recorded,
     )
     able = [worker for worker in workers if fits(worker.memory_bytes, stage_need(plan))]
     decided, slot_reasons = with_slot_steps(recipe, able)
@@ -130,8 +136,29 @@ def make_plan(
         "start": f"start: from {start}",
         **pipeline_reasons,
         **slot_reasons,
+        **_quorum_reason(plan),
     }
     return plan, reasons
+
+
+def _quorum_reason(plan: Plan) -> dict[str, str]:
+    """What a quorum makes of the job's bits."""
+    local, rounds = plan.recipe.local, plan.rounds
+    if local is None or local.quorum is None:
+        return {}
+    again, end = "", 0
+    if plan.recorded:
+        end = min(plan.recorded[-1].end, plan.last_version)
+        first, last = rounds.rounds_at(plan.recorded[0].begin) + 1, rounds.rounds_at(end)
+        of = f"of job {local.replay} " if local.replay else ""
+        again = f"rounds {first} to {last} take the slots that the ledger {of}has"
+    if end == plan.last_version:
+        return {"bits": f"bits: {again}"}
+    return {
+        "bits": f"bits: outside the exact class, because a round is committed with {local.quorum} of {plan.num_slots} "
+        f"slots if the others are not there {local.grace:g} s later; the ledger has the slots, for `gradstream replay`"
+        f"{'; ' if again else ''}{again}"
+    }
 
 
 def _cut(recipe: Recipe, tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:

@@ -6,7 +6,6 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,43 +15,35 @@ import grpc.aio
 from gradstream.coordinator.jobs import checkpoints
 from gradstream.coordinator.jobs.active import nothing
 from gradstream.coordinator.jobs.controller import Controller
-from gradstream.coordinator.jobs.more_steps import as_submitted
 from gradstream.coordinator.jobs.orders import Orders
+from gradstream.coordinator.jobs.replay import replayed
 from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.nodes.open_files import shortages
-from gradstream.coordinator.planning.inventory import check_model, special_tokens
 from gradstream.coordinator.servicers.kept_checkpoints import KeptCheckpoints
 from gradstream.coordinator.servicers.lists import Lists
 from gradstream.coordinator.servicers.lookup import JobLookup
 from gradstream.coordinator.servicers.plans import Plans
-from gradstream.coordinator.servicers.recipe_data import find_data
 from gradstream.coordinator.servicers.removals import Removals
+from gradstream.coordinator.servicers.submissions import Submissions
 from gradstream.coordinator.servicers.views import Views, read_stored_job
 from gradstream.coordinator.state.history import HistoryFilter
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry import metrics
-from gradstream.coordinator.timing import unix_ms
 from gradstream.core.checkpoint.manifest import directory_of, read_manifest
 from gradstream.core.checkpoint.weights_files import sent_pieces
 from gradstream.core.credentials.tokens import expiring
-from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.errors import (
     BusyError,
     CheckpointError,
     ConfigError,
     DataError,
-    GradstreamError,
 )
 from gradstream.core.job_states import FINISHED, STATE_WORDS
 from gradstream.core.machine.open_files import max_open_files
-from gradstream.core.model import check as model_check
 from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
-from gradstream.core.recipe.files import absolute_path
 from gradstream.core.recipe.loading import parse_recipe
-from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.roots import moved, moved_recipe
 from gradstream.core.rpc.errors import answering
-from gradstream.core.rpc.requests import Requests, checked_request_id
 from gradstream.core.rpc.token_sources import FileTokens
 from gradstream.core.storage import files
 from gradstream.core.storage.paths import AllowedPaths
@@ -88,69 +79,28 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         # Threads that read exports.
         self._bulk = StorageThreads(BULK_SECONDS)
         self._plans = Plans(controller.members, self._allowed, self._storage)
-        self._requests = Requests()
         self._removals = Removals(controller, self._bulk)
         self._kept = KeptCheckpoints(controller.pins, self._storage, self._allowed)
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
         self._lookup = JobLookup(self._state)
         self._find = self._lookup.find
+        self._submissions = Submissions(controller, self._kept, self._lookup, self._storage, self._allowed)
         self._lists = Lists(controller, views, self._lookup, self._storage)
         self._num_holds = 0
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
         async with answering(context):
             recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
-            request_id = checked_request_id(request.request_id)
-            # The client may have sent the same request on another connection too.
-            async with self._requests.one_at_a_time(request_id):
-                record = self._repeated(request_id, recipe)
-                if record is None:
-                    async with self._kept.start_of(recipe, self._find) as (resolved, note):
-                        record = await self._submit(request_id, resolved, note)
-                return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
+            record = await self._submissions.submit(recipe, request.request_id)
+            return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
 
-    def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
-        """The job that this request id created before. Raises ConfigError if that job has another recipe."""
-        record = self._state.job_of_request(request_id) if request_id else None
-        if record is None:
-            return None
-        # The stored recipe has values from its data, and perhaps keys of an older release, or more steps since then.
-        stored = as_submitted(parse_recipe(record.recipe_json)).model_dump_json()
-        asked = as_submitted(model_check.with_ends(recipe, parse_manifest(record.manifest_json)))
-        if asked.model_dump_json() != stored:
-            raise ConfigError(
-                f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
-                f"each job"
-            )
-        return record
-
-    async def _submit(self, request_id: str, recipe: Recipe, start_note: str) -> JobRecord:
-        manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
-        recipe = model_check.with_ends(recipe, manifest)
-        warnings = await check_model(
-            recipe, manifest, lambda: self._storage.call(recipe.data.path, special_tokens, recipe, manifest)
-        )
-        taken = self._state.job_ids()
-        job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
-        record = JobRecord(
-            job_id=job_id,
-            name=recipe.name,
-            recipe_json=recipe.model_dump_json(),
-            manifest_json=manifest.model_dump_json(),
-            run_directory=str(directory),
-            submitted_unix_ms=unix_ms(),
-            reason="waits for its turn",
-            rank=self._state.ranks()[1] + 1,
-            request_id=request_id,
-        )
-        try:
-            self._controller.submit(record, warnings, start_note)
-        except GradstreamError:
-            # The job was not created: a directory that stays would only take its name.
-            with suppress(OSError, GradstreamError):
-                await self._storage.call(recipe.run_root, directory.rmdir)
-            raise
-        return self._find(job_id)
+    async def ReplayJob(self, request: jobs_pb2.ReplayJobRequest, context: Context) -> jobs_pb2.ReplayJobResponse:
+        async with answering(context):
+            other = self._find(request.job_id)
+            totals = self._state.step_totals(other.job_id, other.epoch, other.start_version)
+            recipe = replayed(other.job_id, parse_recipe(other.recipe_json), totals.version)
+            record = await self._submissions.submit(recipe, request.request_id)
+            return jobs_pb2.ReplayJobResponse(job=self._views.job(record))
 
     async def PlanJob(self, request: jobs_pb2.PlanJobRequest, context: Context) -> jobs_pb2.PlanJobResponse:
         async with answering(context):
@@ -361,30 +311,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     def _warnings(self) -> list[str]:
         short = shortages(max_open_files(), self._controller.members.all())
         return short if self._tokens is None else [*short, *expiring(self._tokens.table, time.time())]
-
-
-def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
-    """Create a new job id and its directory. An id whose directory exists is skipped: another job has files there."""
-    root = Path(absolute_path(recipe.run_root))
-    try:
-        # Before the loop: a file at `root` would look like a job directory that exists already.
-        files.make_local_directory(root)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
-    number = 1
-    while True:
-        job_id = f"{recipe.name}-{number}"
-        directory = root / job_id
-        number += 1
-        if job_id in taken:
-            continue
-        try:
-            files.make_local_directory(directory, exist_ok=False)
-        except FileExistsError:
-            continue
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
-        return job_id, directory
 
 
 async def _export(directory: str, storage: StorageThreads) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:

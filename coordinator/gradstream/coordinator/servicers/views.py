@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from gradstream.coordinator.jobs import decisions
 from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.jobs.commits import counted_text
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.plan_making import waits_for_nodes
 from gradstream.coordinator.jobs.residuals import standing
@@ -150,6 +151,8 @@ class Views:
         name_of = self._controller.members.name_of
         message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
         message.server_memory.extend(self._memory(active, active.plan))
+        counted = counted_text([report for report, _ in active.pace.steps], len(active.holders), active.rounds)
+        message.decisions.extend([counted] if counted else [])
         if active.state != RUNNING:
             return
         steps, tokens, pushed = active.pace.per_second(now, active.rounds)

@@ -109,6 +109,7 @@ def row_of(
         pushed_bytes=report.pushed_bytes,
         pulled_bytes=report.pulled_bytes if report.HasField("pulled_bytes") else None,
         skipped=report.skipped,
+        slots=report.slots,
     )
 
 

@@ -16,6 +16,7 @@ from gradstream.core.optimizer.rules import all_moments, shared_moments, whole_t
 from gradstream.core.plan.bundles import WEIGHTS, Bundle, Use
 from gradstream.core.plan.bundles import bundle as bundle_fragments
 from gradstream.core.plan.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
+from gradstream.core.plan.recorded import RecordedSlots, problem_of, slots_at
 from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
@@ -51,7 +52,8 @@ class Plan:
 
     Pipeline stage s has the forward units from the end of the stage before it up to `stage_ends[s]`. Worker w of a
     replica of P workers has the `num_chunks` stages w, w + P, ..., and needs `worker_bytes[w]` of memory. Without
-    `stage_ends` there is one stage with all units, and no `worker_bytes`.
+    `stage_ends` there is one stage with all units, and no `worker_bytes`. `recorded` has the slots that count in rounds
+    with a quorum that are computed again.
     """
 
     job_id: str
@@ -71,6 +73,7 @@ class Plan:
     num_chunks: int = 1
     pipeline_schedule: str = ""
     worker_bytes: tuple[int, ...] = ()
+    recorded: tuple[RecordedSlots, ...] = ()
 
     @cached_property
     def fragments(self) -> tuple[Fragment, ...]:
@@ -235,6 +238,17 @@ class Plan:
         return bool(self.moment_bundles) and self.rounds.is_round(version)
 
     @property
+    def has_quorum(self) -> bool:
+        """Whether rounds are committed without the slots that are late."""
+        return self.recipe.local is not None and self.recipe.local.quorum is not None
+
+    def counted_slots(self, version: int) -> tuple[int, ...] | None:
+        """The slots that count in the step or round from a version; None where the leader decides it by the quorum."""
+        if not self.has_quorum or not self.rounds.is_round(version):
+            return tuple(range(self.num_slots))
+        return slots_at(self.recorded, version)
+
+    @property
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors)
 
@@ -284,6 +298,10 @@ class Plan:
             pipeline_schedule=self.pipeline_schedule,
             worker_bytes=self.worker_bytes,
             sum_form=plan_pb2.SUM_FORM_FIXED_POINT,
+            recorded=[
+                plan_pb2.RecordedSlots(begin_version=run.begin, end_version=run.end, slots=run.slots)
+                for run in self.recorded
+            ],
         )
 
     @classmethod
@@ -317,6 +335,9 @@ class Plan:
             num_chunks=message.num_chunks or 1,
             pipeline_schedule=message.pipeline_schedule,
             worker_bytes=tuple(message.worker_bytes),
+            recorded=tuple(
+                RecordedSlots(run.begin_version, run.end_version, tuple(run.slots)) for run in message.recorded
+            ),
         )
         ends = plan.stage_ends
         if plan.num_stages % plan.num_chunks or sorted(set(ends)) != list(ends):
@@ -335,6 +356,9 @@ class Plan:
             )
         if not plan.servers or max(plan.placement, default=0) >= len(plan.servers) or plan.leader >= len(plan.servers):
             raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} names a server that it does not list")
+        problem = problem_of(plan.recorded, plan.num_slots)
+        if problem:
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} records impossible slots: {problem}")
         holders = {(f.tensor, plan.placement[f.index]) for f in plan.fragments if f.tensor in plan.whole_tensors}
         if len(holders) != len(plan.whole_tensors):
             raise ProtocolError(

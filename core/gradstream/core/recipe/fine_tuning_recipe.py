@@ -174,6 +174,10 @@ class FineTuningRecipe(Section):
         check_sections(self.run_root, self.pipeline, self.codec)
         if self.local is not None:
             check_local(self.local, self.training, self.optimizer, self.codec, self.pipeline)
+            if self.local.quorum is not None:
+                raise ValueError(
+                    "local.quorum is for training recipes so far, because a fine-tuning has no replay; leave it out"
+                )
         return self
 
     def count_steps(self, num_rows: int) -> int:

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gradstream.core.recipe.section import NonNegative, Positive, Section
+from gradstream.core.recipe.section import NonNegative, Positive, Section, derived
+
+GRACE_SECONDS = 10.0
+"""The seconds for which a round waits for the slots beyond its quorum, unless a recipe says otherwise."""
 
 if TYPE_CHECKING:
     from gradstream.core.recipe.fine_tuning_recipe import FineTuningTraining
@@ -78,11 +81,30 @@ class LocalConfig(Section):
         description="inner steps after which a worker keeps its slot's progress on its disk, to go on from if it "
         "starts again; 0: never. Not with pipeline stages",
     )
+    quorum: Positive | None = Field(
+        default=None,
+        description="slots that suffice to commit a round: the others are left out if they are late or lost; none: "
+        "all slots. Which slots count then depends on time, and the ledger has them",
+    )
+    grace_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        json_schema_extra=derived(f"{GRACE_SECONDS:g} with a quorum"),
+        description="seconds for which a round waits for the other slots once those of the quorum are there",
+    )
+    replay: str = Field(
+        default="", description="written by `gradstream replay`: the job whose rounds are computed again"
+    )
 
     @property
     def slot_lengths(self) -> tuple[int, ...]:
         """The inner steps of each slot in a round; empty if all slots take `steps`, or if auto is not decided yet."""
         return self.chosen_slot_steps if self.slot_steps == "auto" else self.slot_steps or ()
+
+    @property
+    def grace(self) -> float:
+        """Seconds for which a round waits for the other slots once those of the quorum are there."""
+        return GRACE_SECONDS if self.grace_seconds is None else self.grace_seconds
 
     @property
     def undecided(self) -> bool:
@@ -131,6 +153,7 @@ def check_local(
             "codec auto measures every step, but with local steps few are sent; use codec.push=int4 and "
             "codec.pull=delta-int4"
         )
+    _check_quorum(local, training, codec)
     if local.slot_steps and pipeline.stages != 1:
         raise ValueError("local.slot_steps needs pipeline.stages=1 so far; leave one of them out")
     if local.inner_state == "keep" and pipeline.stages != 1:
@@ -152,4 +175,20 @@ def check_local(
         raise ValueError(
             f"optimizer.moments {optimizer.moments} is for ordinary steps alone; leave it out, and set local.moments "
             f"for what is sent"
+        )
+
+
+def _check_quorum(local: LocalConfig, training: TrainingConfig | FineTuningTraining, codec: CodecConfig) -> None:
+    if local.quorum is None:
+        for key, value in (("grace_seconds", local.grace_seconds), ("replay", local.replay or None)):
+            if value is not None:
+                raise ValueError(f"local.{key} {value} has no use without local.quorum; set that too, or leave it out")
+        return
+    if local.quorum > training.num_slots:
+        raise ValueError(f"local.quorum {local.quorum} is more than training.num_slots {training.num_slots}; lower it")
+    if codec.decay:
+        cure = "codec.push=int4" if codec.residual_decay is None else "codec.residual_decay=0"
+        raise ValueError(
+            f"local.quorum is not for codec.push {codec.push} with a residual: it also depends on the slots that were "
+            f"late, which a replay leaves out; use {cure}, or leave local.quorum out"
         )

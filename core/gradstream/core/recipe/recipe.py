@@ -95,8 +95,8 @@ class TrainingConfig(Section):
     )
     earlier: tuple[EarlierSteps, ...] = Field(
         default=(),
-        description="written by `gradstream resume --steps`: the numbers of steps that the job had before, oldest "
-        "first; the steps under them keep the learning-rate schedule of their time",
+        description="written by `gradstream resume --steps` and `replay`: the numbers of steps that the job had "
+        "before, oldest first; the steps under them keep the learning-rate schedule of their time",
     )
 
     @property
@@ -129,7 +129,9 @@ class TrainingConfig(Section):
     def _divisible(self) -> TrainingConfig:
         check_batch(self.global_batch, self.num_slots, self.microbatch)
         versions = [part.until_version for part in self.earlier]
-        if versions != sorted(set(versions)) or (versions and versions[-1] >= self.num_steps):
+        # A replay may end where its job was stopped, in the schedule of the steps that the job was to have.
+        was_cut = bool(versions) and versions[-1] == self.num_steps < self.earlier[-1].num_steps
+        if versions != sorted(set(versions)) or (versions and versions[-1] >= self.num_steps and not was_cut):
             raise ValueError(
                 f"training.earlier ends at versions {', '.join(map(str, versions))}; they must rise, up to less than "
                 f"training.num_steps {self.num_steps}; leave training.earlier out of a recipe that you write"

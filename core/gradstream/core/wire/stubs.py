@@ -25,6 +25,9 @@ class ParameterServerStub:
         self.CompleteStep = channel.unary_unary(
             f"/{_SERVICE}/CompleteStep", pb.CompleteStepRequest.SerializeToString, pb.CompleteStepResponse.FromString
         )
+        self.CompleteSlot = channel.unary_unary(
+            f"/{_SERVICE}/CompleteSlot", pb.CompleteSlotRequest.SerializeToString, pb.CompleteSlotResponse.FromString
+        )
         self.GetServerStatus = channel.unary_unary(
             f"/{_SERVICE}/GetServerStatus",
             pb.GetServerStatusRequest.SerializeToString,
@@ -52,6 +55,9 @@ def add_parameter_server(servicer: Any, server: grpc.aio.Server) -> None:
         "Pull": grpc.unary_stream_rpc_method_handler(servicer.Pull, pb.PullRequest.FromString, None),
         "CompleteStep": grpc.unary_unary_rpc_method_handler(
             servicer.CompleteStep, pb.CompleteStepRequest.FromString, pb.CompleteStepResponse.SerializeToString
+        ),
+        "CompleteSlot": grpc.unary_unary_rpc_method_handler(
+            servicer.CompleteSlot, pb.CompleteSlotRequest.FromString, pb.CompleteSlotResponse.SerializeToString
         ),
         "GetServerStatus": grpc.unary_unary_rpc_method_handler(
             servicer.GetServerStatus, pb.GetServerStatusRequest.FromString, pb.GetServerStatusResponse.SerializeToString

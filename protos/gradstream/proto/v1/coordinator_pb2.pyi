@@ -685,6 +685,7 @@ class ReportStepRequest(_message.Message):
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
     FIRST_STEP_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -694,9 +695,9 @@ class ReportStepRequest(_message.Message):
     is the step's number.
     """
     num_tokens: _builtins.int
-    """Target tokens of the step over all slots."""
+    """Target tokens of the step over all slots that counted."""
     num_samples: _builtins.int
-    """Samples of the step over all slots."""
+    """Samples of the step over all slots that counted."""
     loss: _builtins.float
     """Mean training loss over the step's target tokens, in nats."""
     grad_norm: _builtins.float
@@ -731,6 +732,12 @@ class ReportStepRequest(_message.Message):
     """With local steps, the number of inner steps, 1 for an ordinary step. Set by the coordinator; absent without local
     steps.
     """
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a round with a quorum, the slots that counted, in rising order. Tokens, samples and loss are those of these
+        slots. Empty: all slots counted.
+        """
+
     def __init__(
         self,
         *,
@@ -753,10 +760,11 @@ class ReportStepRequest(_message.Message):
         pulled_bytes: _builtins.int | None = ...,
         first_step: _builtins.int | None = ...,
         num_steps: _builtins.int | None = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "first_step", b"first_step", "num_steps", b"num_steps", "pulled_bytes", b"pulled_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "first_step", b"first_step", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "pulled_bytes", b"pulled_bytes", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "first_step", b"first_step", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "pulled_bytes", b"pulled_bytes", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "slots", b"slots", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_step: _TypeAlias = _typing.Literal["first_step"]  # noqa: Y015
     _WhichOneofArgType__first_step: _TypeAlias = _typing.Literal["_first_step", b"_first_step"]  # noqa: Y015

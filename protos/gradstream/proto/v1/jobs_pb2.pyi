@@ -1144,6 +1144,56 @@ class ResumeJobResponse(_message.Message):
 Global___ResumeJobResponse: _TypeAlias = ResumeJobResponse  # noqa: Y015
 
 @_typing.final
+class ReplayJobRequest(_message.Message):
+    """Asks for a job that computes another job's rounds again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The other job. Its recipe must have local.quorum, and its ledger at least one round."""
+    request_id: _builtins.str
+    """An idempotency key, as in SubmitJobRequest."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayJobRequest: _TypeAlias = ReplayJobRequest  # noqa: Y015
+
+@_typing.final
+class ReplayJobResponse(_message.Message):
+    """The new job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job, which is queued."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayJobResponse: _TypeAlias = ReplayJobResponse  # noqa: Y015
+
+@_typing.final
 class StopJobRequest(_message.Message):
     """Asks to end a job."""
 
@@ -1660,6 +1710,7 @@ class StepMetrics(_message.Message):
     SKIPPED_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step, from 0; of a round its first step."""
     epoch: _builtins.int
@@ -1694,6 +1745,10 @@ class StepMetrics(_message.Message):
     """Number of steps of the row: the inner steps of a round, else 1; 0 in a row without a step. Absent in messages of
     earlier versions of gradstream, where each row with a step has one.
     """
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a round with a quorum, the slots that counted, in rising order; empty: all slots counted."""
+
     def __init__(
         self,
         *,
@@ -1711,10 +1766,11 @@ class StepMetrics(_message.Message):
         skipped: _builtins.bool = ...,
         version: _builtins.int | None = ...,
         num_steps: _builtins.int | None = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "_version", b"_version", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_steps", b"num_steps", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "step_seconds", b"step_seconds", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "_version", b"_version", "epoch", b"epoch", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "unix_ms", b"unix_ms", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "_version", b"_version", "epoch", b"epoch", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "slots", b"slots", "step", b"step", "step_seconds", b"step_seconds", "unix_ms", b"unix_ms", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grad_norm: _TypeAlias = _typing.Literal["grad_norm"]  # noqa: Y015
     _WhichOneofArgType__grad_norm: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm"]  # noqa: Y015

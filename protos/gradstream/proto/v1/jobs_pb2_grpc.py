@@ -75,6 +75,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.FromString,
                 _registered_method=True)
+        self.ReplayJob = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/ReplayJob',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplayJobRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplayJobResponse.FromString,
+                _registered_method=True)
         self.ReplanJob = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/ReplanJob',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.SerializeToString,
@@ -190,6 +195,13 @@ class JobsServiceServicer(object):
 
     def StopJob(self, request, context):
         """Ends a job at the next step boundary with a checkpoint, or at once without one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayJob(self, request, context):
+        """Queues a job that computes another job's rounds again, with the slots that counted there. It ends with the same bits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -319,6 +331,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.StopJob,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.SerializeToString,
+            ),
+            'ReplayJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayJob,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplayJobRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplayJobResponse.SerializeToString,
             ),
             'ReplanJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ReplanJob,
@@ -593,6 +610,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/StopJob',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/ReplayJob',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplayJobRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplayJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

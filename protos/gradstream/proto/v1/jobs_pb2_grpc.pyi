@@ -55,6 +55,8 @@ class JobsServiceStub:
     """
     StopJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+    ReplayJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ReplayJobRequest, _jobs_pb2.ReplayJobResponse]
+    """Queues a job that computes another job's rounds again, with the slots that counted there. It ends with the same bits."""
     ReplanJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]
     """Replaces the plan of a running job at its next step boundary, through a checkpoint. The new plan includes idle
     servers and leaves out the named ones. Refused when nothing would change.
@@ -115,6 +117,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """
     StopJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]  # type: ignore[assignment]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+    ReplayJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ReplayJobRequest, _jobs_pb2.ReplayJobResponse]  # type: ignore[assignment]
+    """Queues a job that computes another job's rounds again, with the slots that counted there. It ends with the same bits."""
     ReplanJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]  # type: ignore[assignment]
     """Replaces the plan of a running job at its next step boundary, through a checkpoint. The new plan includes idle
     servers and leaves out the named ones. Refused when nothing would change.
@@ -220,6 +224,14 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.StopJobResponse, _abc.Awaitable[_jobs_pb2.StopJobResponse]]:
         """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+
+    @_abc_1.abstractmethod
+    def ReplayJob(
+        self,
+        request: _jobs_pb2.ReplayJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ReplayJobResponse, _abc.Awaitable[_jobs_pb2.ReplayJobResponse]]:
+        """Queues a job that computes another job's rounds again, with the slots that counted there. It ends with the same bits."""
 
     @_abc_1.abstractmethod
     def ReplanJob(

@@ -33,7 +33,7 @@ class _PushResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PushResult
     PUSH_RESULT_DUPLICATE: _PushResult.ValueType  # 2
     """The server had it already; the duplicate was dropped."""
     PUSH_RESULT_STALE: _PushResult.ValueType  # 3
-    """Its step is committed; it was dropped."""
+    """Its step is committed, or its slot does not count in the round; it was dropped."""
 
 class PushResult(_PushResult, metaclass=_PushResultEnumTypeWrapper):
     """The result for a contribution."""
@@ -45,7 +45,7 @@ PUSH_RESULT_ACCEPTED: PushResult.ValueType  # 1
 PUSH_RESULT_DUPLICATE: PushResult.ValueType  # 2
 """The server had it already; the duplicate was dropped."""
 PUSH_RESULT_STALE: PushResult.ValueType  # 3
-"""Its step is committed; it was dropped."""
+"""Its step is committed, or its slot does not count in the round; it was dropped."""
 Global___PushResult: _TypeAlias = PushResult  # noqa: Y015
 
 @_typing.final
@@ -485,6 +485,72 @@ class CompleteStepResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompleteStepResponse: _TypeAlias = CompleteStepResponse  # noqa: Y015
+
+@_typing.final
+class CompleteSlotRequest(_message.Message):
+    """Reports that a server has every contribution of a slot to a round with a quorum."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SERVER_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    epoch: _builtins.int
+    """The plan's epoch."""
+    step: _builtins.int
+    """The version from which the round starts."""
+    server: _builtins.int
+    """The server's index in the plan."""
+    slot: _builtins.int
+    """The slot."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        step: _builtins.int = ...,
+        server: _builtins.int = ...,
+        slot: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "server", b"server", "slot", b"slot", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompleteSlotRequest: _TypeAlias = CompleteSlotRequest  # noqa: Y015
+
+@_typing.final
+class CompleteSlotResponse(_message.Message):
+    """The leader's decision on the slots of a round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The version from which the round starts."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The slots that count, in rising order. All servers have every contribution of each of them."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompleteSlotResponse: _TypeAlias = CompleteSlotResponse  # noqa: Y015
 
 @_typing.final
 class GetServerStatusRequest(_message.Message):

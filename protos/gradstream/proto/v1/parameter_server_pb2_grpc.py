@@ -50,6 +50,11 @@ class ParameterServerServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepResponse.FromString,
                 _registered_method=True)
+        self.CompleteSlot = channel.unary_unary(
+                '/gradstream.proto.v1.ParameterServerService/CompleteSlot',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotResponse.FromString,
+                _registered_method=True)
         self.GetServerStatus = channel.unary_unary(
                 '/gradstream.proto.v1.ParameterServerService/GetServerStatus',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.GetServerStatusRequest.SerializeToString,
@@ -86,6 +91,14 @@ class ParameterServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CompleteSlot(self, request, context):
+        """Reports to the leader that a server has every contribution of a slot to a round with a quorum. The response, sent once
+        the leader has decided, names the slots that count. A repeated request gets the same decision.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetServerStatus(self, request, context):
         """Returns the server's state.
         """
@@ -110,6 +123,11 @@ def add_ParameterServerServiceServicer_to_server(servicer, server):
                     servicer.CompleteStep,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepResponse.SerializeToString,
+            ),
+            'CompleteSlot': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteSlot,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotResponse.SerializeToString,
             ),
             'GetServerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerStatus,
@@ -199,6 +217,33 @@ class ParameterServerService(object):
             '/gradstream.proto.v1.ParameterServerService/CompleteStep',
             gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteSlot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.ParameterServerService/CompleteSlot',
+            gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotResponse.FromString,
             options,
             channel_credentials,
             insecure,

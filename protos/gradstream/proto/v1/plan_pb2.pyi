@@ -217,6 +217,38 @@ class PlanServer(_message.Message):
 Global___PlanServer: _TypeAlias = PlanServer  # noqa: Y015
 
 @_typing.final
+class RecordedSlots(_message.Message):
+    """The slots that counted in rounds with a quorum, which are computed again with the same slots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_VERSION_FIELD_NUMBER: _builtins.int
+    END_VERSION_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    begin_version: _builtins.int
+    """The version from which the first of these rounds starts."""
+    end_version: _builtins.int
+    """The version after the last of them."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The slots, in rising order. All of these rounds have the same."""
+
+    def __init__(
+        self,
+        *,
+        begin_version: _builtins.int = ...,
+        end_version: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_version", b"begin_version", "end_version", b"end_version", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordedSlots: _TypeAlias = RecordedSlots  # noqa: Y015
+
+@_typing.final
 class Plan(_message.Message):
     """The settings that stay fixed until the next epoch. Fragments are not listed, because they follow from the tensors and
     fragment_elements (gradstream.core.plan.fragments.cut). A plan of 1.7 T parameters therefore fits in one message.
@@ -242,6 +274,7 @@ class Plan(_message.Message):
     PIPELINE_SCHEDULE_FIELD_NUMBER: _builtins.int
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
     SUM_FORM_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job this plan belongs to."""
     epoch: _builtins.int
@@ -290,6 +323,12 @@ class Plan(_message.Message):
         without a pipeline: a worker's needs then follow from the tensors and the recipe.
         """
 
+    @_builtins.property
+    def recorded(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordedSlots]:
+        """With local.quorum, the slots of rounds that the ledger has already, by rising version. Servers wait for exactly
+        these; in other rounds the leader decides.
+        """
+
     def __init__(
         self,
         *,
@@ -311,10 +350,11 @@ class Plan(_message.Message):
         pipeline_schedule: _builtins.str = ...,
         worker_bytes: _abc.Iterable[_builtins.int] | None = ...,
         sum_form: Global___SumForm.ValueType = ...,
+        recorded: _abc.Iterable[Global___RecordedSlots] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "pipeline_schedule", b"pipeline_schedule", "placement", b"placement", "recipe_json", b"recipe_json", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "sum_form", b"sum_form", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "pipeline_schedule", b"pipeline_schedule", "placement", b"placement", "recipe_json", b"recipe_json", "recorded", b"recorded", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "sum_form", b"sum_form", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

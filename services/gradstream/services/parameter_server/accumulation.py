@@ -4,13 +4,17 @@ A contribution passes three calls: `check` its header before memory is allocated
 and its checksum is right, `add` those that wait. The sum is in fixed point, so it does not depend on the order of
 arrival, and no contribution waits for another one. When contributions come faster than they are added, `room` makes
 the senders wait.
+
+In a round whose slots the leader decides on (`quorum.py`) contributions are held, still encoded, until `count` says
+which slots count: a slot counts on all servers or on none. What is held does not make senders wait, because the round
+may need exactly what they send; it is at most every contribution once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -19,6 +23,7 @@ from gradstream.core.codecs.payloads import CodecBook, split
 from gradstream.core.errors import ProtocolError
 from gradstream.core.log import get_logger
 from gradstream.core.plan.bundles import WEIGHTS, Bundle
+from gradstream.core.plan.leases import slots_text
 from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
@@ -57,6 +62,9 @@ class Accumulation:
         self.expected: list[BundleState] = []
         """The bundles to which slots contribute in the step under way."""
         self._missing_S: list[int] = []  # contributions of each slot that have not come
+        self._counted: frozenset[int] | None = None  # the slots that count; None until the leader has decided
+        self._held: dict[int, list[tuple[BundleState, list[Payload]]]] = {}  # by slot, until it is known to count
+        self._held_bytes = 0
         self._waiting_bytes = 0
         self._closed = False
         self._has_room = asyncio.Event()
@@ -118,16 +126,22 @@ class Accumulation:
         Raises ProtocolError.
         """
         state = self._bundles[header.bundle]
-        if header.step < version:
+        if header.step < version or (self._counted is not None and header.slot not in self._counted):
             self.num_dropped += 1
             return pb.PUSH_RESULT_STALE
         if state.has(header.slot, header.part):
             self.num_dropped += 1
             return pb.PUSH_RESULT_DUPLICATE
         self._compare(header)
-        state.take(header.slot, header.part, split(payload, header.fragment_bytes))
+        state.take(header.slot, header.part)
+        payloads = split(payload, header.fragment_bytes)
+        if self._counted is None:
+            self._held.setdefault(header.slot, []).append((state, payloads))
+            self._held_bytes += payload.nbytes
+        else:
+            state.put(payloads)
+            self._count_waiting(payload.nbytes)
         self._missing_S[header.slot] -= 1
-        self._count_waiting(payload.nbytes)
         self._step_bytes += payload.nbytes
         self.received_bytes += payload.nbytes
         return pb.PUSH_RESULT_ACCEPTED
@@ -150,6 +164,41 @@ class Accumulation:
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
 
+    def to_decide(self, slot: int) -> bool:
+        """Whether this server has every contribution of a slot of which the leader has not decided yet."""
+        return self._counted is None and not self._missing_S[slot]
+
+    def count(self, slots: Collection[int]) -> None:
+        """Let the contributions of the slots that count wait to be added, and drop those of the others.
+
+        Does nothing if that was decided before. Raises ProtocolError for a slot that is not whole here.
+        """
+        if self._counted is not None:
+            return
+        whole = [slot for slot in self._held if not self._missing_S[slot]]
+        if not slots or not set(slots).issubset(whole):
+            raise ProtocolError(
+                f"the leader counts {slots_text(slots)}, but whole here are {slots_text(sorted(whole))}"
+            )
+        self._counted = frozenset(slots)
+        for state in self.expected:
+            state.count_slots(len(slots))
+        for slot, contributions in self._held.items():
+            if slot not in self._counted:
+                self._slots.pop(slot)
+                self.num_dropped += len(contributions)
+                continue
+            for state, payloads in contributions:
+                state.put(payloads)
+                self._count_waiting(sum(map(len, payloads)))
+        self._held.clear()
+        self._held_bytes = 0
+
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """The slots that count in the step under way, in rising order; none while that is open."""
+        return tuple(sorted(self._counted or ()))
+
     async def room(self) -> None:
         """Wait while too many bytes of contributions wait to be added."""
         await self._has_room.wait()
@@ -157,7 +206,7 @@ class Accumulation:
     @property
     def waiting_bytes(self) -> int:
         """Bytes of the contributions that were taken and are not in a sum yet."""
-        return self._waiting_bytes
+        return self._waiting_bytes + self._held_bytes
 
     def close(self) -> None:
         """Let nobody wait for room any more: nothing will be added."""
@@ -190,7 +239,7 @@ class Accumulation:
         return self._num_complete == len(self.expected)
 
     def totals(self) -> StepTotals:
-        """The step's totals over the slots that have arrived."""
+        """The step's totals over the slots that have arrived, once it is known over those that count."""
         try:
             loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
         except (OverflowError, ValueError):  # beyond fp64, or inf - inf
@@ -205,12 +254,21 @@ class Accumulation:
     def begin_step(self, version: int) -> None:
         """Reset the totals for the step from `version`. Bundles begin it one by one, as each is published."""
         self._slots.clear()
+        self._held.clear()
+        self._held_bytes = 0
+        counted = self._plan.counted_slots(version)
+        self._counted = frozenset(counted) if counted is not None else None
         self.expected = [state for state in self._bundles.values() if self._counts(state.bundle, version)]
+        for state in self.expected:
+            state.count_slots(self._plan.num_slots if counted is None else len(counted))
         num_parts = sum(self._plan.parts_of(state.bundle, version) for state in self.expected)
         self._missing_S = [num_parts] * self._plan.num_slots
         self._step_bytes = 0
         self._num_complete = 0
 
     def missing_slots(self) -> list[int]:
-        """The slots of which a contribution is still missing."""
-        return [slot for slot, missing in enumerate(self._missing_S) if missing]
+        """The slots that may count and of which a contribution is still missing."""
+        counted = self._counted
+        return [
+            slot for slot, missing in enumerate(self._missing_S) if missing and (counted is None or slot in counted)
+        ]

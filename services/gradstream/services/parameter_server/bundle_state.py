@@ -33,13 +33,14 @@ class BundleState(ABC):
         """The squared norm of each fragment's sum, once the sum is complete."""
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
         self._num_slots, self._num_parts = num_slots, bundle.num_parts
-        self._taken = bytearray(self._num_contributions)  # 1 for each contribution that was taken, by slot and part
+        self._num_counted = num_slots  # slots that the sum is made of
+        self._taken = bytearray(num_slots * bundle.num_parts)  # 1 for each contribution taken, by slot and part
         self.num_added = 0
         """Number of the step's contributions that are in the sum."""
         self._waiting: list[list[Payload]] = []  # contributions that were taken and are not in the sum yet
         self._adding: list[list[Payload]] = []  # those that are being added
         elements = [fragment.num_elements for fragment in bundle.fragments]
-        self._sum = FixedPointSum(elements, self._num_contributions)  # a round has fewer contributions: it fits, too
+        self._sum = FixedPointSum(elements, len(self._taken))  # a round has fewer contributions: it fits, too
         self._sums = slices(self._sum.result_N, bundle)
         self._publishing = threading.Lock()
         self._publisher = publisher
@@ -53,16 +54,23 @@ class BundleState(ABC):
     @property
     def _num_contributions(self) -> int:
         """The number of contributions that make the sum complete."""
-        return self._num_slots * self._num_parts
+        return self._num_counted * self._num_parts
 
     @property
     def complete(self) -> bool:
         """Whether every contribution is in the sum."""
         return self.num_added == self._num_contributions
 
-    def take(self, slot: int, part: int, payloads: list[Payload]) -> None:
-        """Take a contribution, still encoded, to be added."""
+    def count_slots(self, num_slots: int) -> None:
+        """Set the number of slots whose contributions make the sum complete. It holds until it is set again."""
+        self._num_counted = num_slots
+
+    def take(self, slot: int, part: int) -> None:
+        """Note that a contribution was taken. `put` follows, at once or when its slot is known to count."""
         self._taken[slot * self._num_parts + part] = 1
+
+    def put(self, payloads: list[Payload]) -> None:
+        """Let a contribution, still encoded, wait to be added."""
         self._waiting.append(payloads)
 
     def start_adding(self) -> bool:
@@ -133,7 +141,7 @@ class BundleState(ABC):
         """Let workers pull `version`, and reset for that step's contributions, of which a round has one part only."""
         self.published_version = version
         self._num_parts = 1 if is_round else self.bundle.num_parts
-        self._taken = bytearray(self._num_contributions)
+        self._taken = bytearray(self._num_slots * self._num_parts)
         self.num_added = 0
 
     def delta(self) -> PublishedBundle | None:

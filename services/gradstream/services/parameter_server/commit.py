@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gradstream.core.codecs import codec_named, codec_on_wire
@@ -81,6 +81,11 @@ class Decision:
 
 
 # -- complete ----------------------------------------------------------------------------------------------------------
+
+
+def slot_completion(plan: Plan, server: int, step: int, slot: int) -> pb.CompleteSlotRequest:
+    """Make a server's report to the leader that its bundles have every contribution of a slot to a round."""
+    return pb.CompleteSlotRequest(job_id=plan.job_id, epoch=plan.epoch, step=step, server=server, slot=slot)
 
 
 def completion(
@@ -215,9 +220,17 @@ def apply(state: BundleState | UpdateGroup, update: Update) -> None:
 
 
 def step_report(
-    plan: Plan, update: Update, num_samples: int, push_codec: plan_pb2.Codec.ValueType, codec_reason: str
+    plan: Plan,
+    update: Update,
+    num_samples: int,
+    push_codec: plan_pb2.Codec.ValueType,
+    codec_reason: str,
+    slots: Sequence[int] = (),
 ) -> coordinator_pb2.ReportStepRequest:
-    """Make the leader's report of a committed step. `push_codec` is the codec of the step's contributions."""
+    """Make the leader's report of a committed step.
+
+    `push_codec` is the codec of the step's contributions. `slots` are those that counted in a round with a quorum.
+    """
     decision = update.decision
     return coordinator_pb2.ReportStepRequest(
         job_id=plan.job_id,
@@ -237,4 +250,5 @@ def step_report(
         push_codec=push_codec,
         pull_codec=decision.pull_codec,
         codec_reason=codec_reason,
+        slots=slots,
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
 import psutil
 
-from gradstream.core.errors import StaleEpochError, one_line
+from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
 from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.machine import memory, open_files
 from gradstream.core.machine.facts import arithmetic_threads
@@ -35,6 +36,8 @@ from gradstream.services.parameter_server.servicer import ParameterServerService
 if TYPE_CHECKING:
     from gradstream.services.parameter_server.commit import Decision
     from gradstream.services.parameter_server.shard import Shard
+
+T = TypeVar("T")
 
 log = get_logger()
 
@@ -117,6 +120,7 @@ class ParameterServer:
                 index,
                 self._executor,
                 self._complete_at_leader,
+                self._complete_slot_at_leader,
                 self._step_reports.put,
                 self._send_checkpoint,
                 report_failure,
@@ -147,7 +151,20 @@ class ParameterServer:
     # -- reports ---------------------------------------------------------------------------------------------------
 
     async def _complete_at_leader(self, report: pb.CompleteStepRequest) -> Decision:
-        """Send the report to the leader until it answers with its decision.
+        """Send a report of a step to the leader; return its decision."""
+        from gradstream.services.parameter_server.commit import Decision
+
+        return Decision.from_proto(await self._ask_leader(lambda stub: stub.CompleteStep(report)), report.step)
+
+    async def _complete_slot_at_leader(self, request: pb.CompleteSlotRequest) -> Sequence[int]:
+        """Send a report of a slot to the leader; return the slots that count. Raises ProtocolError."""
+        answer = await self._ask_leader(lambda stub: stub.CompleteSlot(request))
+        if answer.step != request.step:
+            raise ProtocolError(f"the leader decided on the slots of step {answer.step}, not of step {request.step}")
+        return list(answer.slots)
+
+    async def _ask_leader(self, call: Callable[[ParameterServerStub], Awaitable[T]]) -> T:
+        """Call the leader until it answers with its decision.
 
         The wait for the other servers has no deadline, but `status` shows its reason. Raises ProtocolError when the
         leader refuses this server's report for a reason that does not pass.
@@ -158,14 +175,11 @@ class ParameterServer:
         leader = shard.plan.servers[shard.plan.leader]
         if self._leader_channel is None:
             self._leader_channel = open_channel(leader.address, SERVER, self.session.transport)
-        from gradstream.services.parameter_server.commit import Decision
-
         stub = ParameterServerStub(self._leader_channel)
         backoff = Backoff()
         while True:
             try:
-                answer: pb.CompleteStepResponse = await stub.CompleteStep(report)
-                break
+                return await call(stub)
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, f"the leader, {leader.title},")
                 if refused_for_good(error):
@@ -173,7 +187,6 @@ class ParameterServer:
                 # The leader may not have loaded the plan yet, or may be lost: the coordinator's next directive tells.
                 log.debug("the leader does not answer", cause=one_line(error))
             await asyncio.sleep(backoff.next())
-        return Decision.from_proto(answer, report.step)
 
     async def _report_steps(self) -> None:
         while True:

@@ -1,9 +1,10 @@
 """A server's share of a job for one epoch: its state, the calls that wait for it, and the versions that it publishes.
 
 Everything runs on the event loop except the arithmetic, which runs in the thread pool. Step t has three phases:
-  1. accumulate (`accumulation.py`): contributions are added as they come, in fixed point;
-  2. complete (`commit.py`): every fragment has every slot; the server reports to the leader, which answers with its
-     decision;
+  1. accumulate (`accumulation.py`): contributions are added as they come, in fixed point, or in a round with a quorum
+     once the leader has decided which slots count (`quorum.py`);
+  2. complete (`commit.py`): every fragment has every slot that counts; the server reports to the leader, which answers
+     with its decision;
   3. apply (`commit.py`): the optimizer updates each fragment, which is then published as version t + 1.
 A version that gets a checkpoint is written in the background (`checkpointing.py`), bundle by bundle.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,7 +29,6 @@ from gradstream.core.machine import memory
 from gradstream.core.node.faults import Faults
 from gradstream.core.plan.bundles import first_push_codec, is_tuned
 from gradstream.core.plan.downlink import downlink
-from gradstream.core.plan.leases import slots_text
 from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.stream_limits import traffic
 from gradstream.proto.v1 import coordinator_pb2
@@ -43,6 +43,8 @@ from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.loading import load_bundles
 from gradstream.services.parameter_server.moment_bundle import moment_bundles
 from gradstream.services.parameter_server.publication import PublishedBundle
+from gradstream.services.parameter_server.quorum import SlotLeader
+from gradstream.services.parameter_server.status import activity_of, status_of
 from gradstream.services.parameter_server.tuner import Tuner
 from gradstream.services.parameter_server.update_group import UpdateGroup, update_groups
 from gradstream.services.parameter_server.weight_bundle import WeightBundle
@@ -64,7 +66,8 @@ class Phase:
 class Shard:
     """A server's share of a job for one epoch.
 
-    `complete_at_leader` sends a report to the leader on another server; on the leader it is not used.
+    `complete_at_leader` and `complete_slot_at_leader` send a report to the leader on another server; on the leader they
+    are not used.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Shard:
         index: int,
         executor: ThreadPoolExecutor,
         complete_at_leader: Callable[[pb.CompleteStepRequest], Awaitable[Decision]],
+        complete_slot_at_leader: Callable[[pb.CompleteSlotRequest], Awaitable[Sequence[int]]],
         report_step: Callable[[coordinator_pb2.ReportStepRequest], Awaitable[None]],
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], Awaitable[None]],
         report_failure: Callable[[Exception], Awaitable[None]],
@@ -103,14 +107,17 @@ class Shard:
         shared = [state for states in self.moments.values() for state in states]
         self.bundles: dict[int, BundleState] = {**self.weights, **{state.bundle.index: state for state in shared}}
         """All bundles, of weights and of moments."""
-        self._num_parameters = sum(state.bundle.num_elements for state in self.weights.values())
+        self.num_parameters = sum(state.bundle.num_elements for state in self.weights.values())
         self.accumulation = Accumulation(plan, index, self.bundles, book, executor)
         self.checkpoints = CheckpointWriter(plan, index, self.weights, executor, report_checkpoint, self._spawn)
         self._tuner = Tuner(plan) if is_tuned(recipe.codec) and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
+        local = recipe.local if plan.has_quorum and index == plan.leader else None
+        self.slot_leader = SlotLeader(plan, local) if local is not None else None
         self._early = EarlyBundles(executor, self._notify)
         self._executor = executor
         self._complete_at_leader = complete_at_leader
+        self._complete_slot_at_leader = complete_slot_at_leader
         self._report_step = report_step
         self._report_failure = report_failure
         self._faults = faults or Faults("")
@@ -150,8 +157,9 @@ class Shard:
     async def close(self, reason: str) -> None:
         """Stop at once. All waiting calls get a StaleEpochError."""
         self._closed = StaleEpochError(reason)
-        if self.leader is not None:
-            self.leader.close(self._closed)
+        for leader in (self.leader, self.slot_leader):
+            if leader is not None:
+                leader.close(self._closed)
         self._notify()
         if self._pause is not None:
             self._pause.cancel()
@@ -175,13 +183,30 @@ class Shard:
         """Take a checked and verified contribution once. Raises ProtocolError."""
         result = self.accumulation.offer(header, payload, self.version)
         state = self.bundles[header.bundle]
-        if result == pb.PUSH_RESULT_ACCEPTED and state.start_adding():
-            self._spawn(self._add(state))
+        if result == pb.PUSH_RESULT_ACCEPTED:
+            self._add_waiting(state)
+            if self.accumulation.to_decide(header.slot):
+                self._spawn(self._complete_slot(header.slot))
         return result
 
     async def room(self) -> None:
         """Wait while too many bytes of contributions wait to be added. Returns at once when the shard is closed."""
         await self.accumulation.room()
+
+    async def _complete_slot(self, slot: int) -> None:
+        """Report to the leader that a slot is whole here, and add the slots that count once it has decided."""
+        step = self.version
+        request = commit.slot_completion(self.plan, self.index, step, slot)
+        leader = self.slot_leader
+        slots = await (leader.complete(request) if leader else self._complete_slot_at_leader(request))
+        if step == self.version:  # else the answer for another slot came first
+            self.accumulation.count(slots)
+            for state in self.accumulation.expected:
+                self._add_waiting(state)
+
+    def _add_waiting(self, state: BundleState) -> None:
+        if state.start_adding():
+            self._spawn(self._add(state))
 
     async def _add(self, state: BundleState) -> None:
         if await self.accumulation.add(state, self.version, self.push_codec):
@@ -197,6 +222,7 @@ class Shard:
         plan, step = self.plan, self.version
         self.phase = Phase("committing", time.time())
         totals = self.accumulation.totals()
+        slots = self.accumulation.counted if plan.has_quorum and plan.rounds.is_round(step) else ()
         pulled_bytes, self._counted_bytes = self.sent_bytes - self._counted_bytes, self.sent_bytes
         report = commit.completion(plan, self.index, step, self.accumulation.expected, totals, pulled_bytes)
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
@@ -212,6 +238,8 @@ class Shard:
         self._enter(step + 1, "applying")
         self._consecutive_skips = decision.consecutive_skips
         self.accumulation.begin_step(step + 1)
+        if self.slot_leader is not None:
+            self.slot_leader.begin_step(step + 1)
         await asyncio.gather(*(self._apply(group, update) for group in self._groups))
         self._enter(step + 1)
         if decision.checkpoint:
@@ -219,7 +247,7 @@ class Shard:
         self._trim_in_a_pause()
         if self.leader is not None:
             reason = self._tuner.reason if self._tuner is not None else ""
-            await self._report_step(commit.step_report(plan, update, totals.num_samples, push_codec, reason))
+            await self._report_step(commit.step_report(plan, update, totals.num_samples, push_codec, reason, slots))
 
     def _trim_in_a_pause(self) -> None:
         """Return freed memory once no step has been committed for PAUSE_SECONDS."""
@@ -343,56 +371,13 @@ class Shard:
 
     # -- status ----------------------------------------------------------------------------------------------------
 
-    def missing_slots(self) -> list[int]:
-        """The slots of the step under way of which a contribution is still missing."""
-        if not self.loaded or self.version >= self.plan.last_version:
-            return []
-        return self.accumulation.missing_slots()
-
     def activity(self) -> coordinator_pb2.Activity:
         """The shard's activity, for heartbeats."""
-        waiting_for = ""
-        missing = self.missing_slots() if self.phase.name == "accumulating" else []
-        if missing:
-            waiting_for = f"{slots_text(missing)} of step {self.version}"
-        elif self.phase.name == "committing":
-            absent = self.leader.missing if self.leader is not None else [self.plan.leader]
-            names = ", ".join(self.plan.servers[server].name for server in absent)
-            waiting_for = f"the commit of step {self.version} by {names}" if names else ""
-        since = self.phase.since
-        if (waiting := self.checkpoints.waiting()) is not None:
-            waiting_for, since = waiting
-        finished = self.version >= self.plan.last_version
-        states = self.bundles.values()
-        return coordinator_pb2.Activity(
-            job_id=self.plan.job_id,
-            phase="idle" if finished else self.phase.name,
-            step=max(0, self.version),
-            waiting_for=waiting_for,
-            waiting_since_unix_ms=int(since * 1000) if waiting_for else 0,
-            sent_bytes=self.sent_bytes,
-            received_bytes=self.accumulation.received_bytes,
-            missing_slots=missing,
-            state_bytes=sum(state.state_bytes for state in states),
-            newcomer_bytes=sum(state.newcomer_bytes for state in states),
-            early_bytes=self.accumulation.waiting_bytes,
-            num_parameters=self._num_parameters if self.loaded else 0,
-        )
+        return activity_of(self)
 
     def status(self) -> pb.GetServerStatusResponse:
         """The shard's state, for GetServerStatus."""
-        states = self.bundles.values()
-        return pb.GetServerStatusResponse(
-            epoch=self.plan.epoch,
-            version=max(0, self.version),
-            num_fragments=sum(len(state.bundle.fragments) for state in self.weights.values()),
-            num_parameters=self._num_parameters,
-            state_bytes=sum(state.state_bytes for state in states),
-            newcomer_bytes=sum(state.newcomer_bytes for state in states),
-            early_bytes=self.accumulation.waiting_bytes,
-            missing_slots=self.missing_slots(),
-            num_dropped=self.accumulation.num_dropped,
-        )
+        return status_of(self)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

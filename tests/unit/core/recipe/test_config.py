@@ -94,6 +94,17 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
             "use codec.residual_decay=0 or pipeline.stages=1",
         ),
         (changed(codec={"push": "sparse"}, pipeline={"stages": 2}), "use codec.push=int8 or pipeline.stages=1"),
+        (changed(local={"steps": 1, "quorum": 3}), "local.quorum 3 is more than training.num_slots 2; lower it"),
+        (
+            changed(local={"steps": 1, "grace_seconds": 5}),
+            "local.grace_seconds 5.0 has no use without local.quorum; set that too, or leave it out",
+        ),
+        (changed(local={"steps": 1, "replay": "a-1"}), "local.replay a-1 has no use without local.quorum"),
+        (
+            changed(local={"steps": 1, "quorum": 1}, codec={"push": "sparse"}),
+            "local.quorum is not for codec.push sparse with a residual: it also depends on the slots that were late, "
+            "which a replay leaves out; use codec.push=int4, or leave local.quorum out",
+        ),
         # `yes` is true in YAML, and true is 1 in Python.
         (changed(training={"num_steps": True}), "'training.num_steps': input should be a number, not True"),
         (changed(optimizer={"learning_rate": True}), "'optimizer.learning_rate': input should be a number, not True"),

@@ -128,6 +128,8 @@ def test_given_steps_must_be_whole_rounds() -> None:
         asked(training={"num_steps": 8}, local=LOCAL)
     with pytest.raises(ConfigError, match="codec auto measures every step"):
         asked(codec={"push": "auto"}, local=LOCAL)
+    with pytest.raises(ConfigError, match=r"local.quorum is for training recipes so far, .*; leave it out"):
+        asked(local={**LOCAL, "quorum": 1}, training={"num_steps": 12})
     assert asked(training={"num_steps": 12}, local=LOCAL).count_steps(100) == 12
 
 

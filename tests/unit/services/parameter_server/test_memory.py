@@ -71,7 +71,8 @@ class Held:
             values = [torch.randn(fragment.num_elements) for fragment in state.bundle.fragments]
             for slot in range(self._num_slots):
                 payloads = codec.encode(values, 0)
-                state.take(slot, 0, payloads)
+                state.take(slot, 0)
+                state.put(payloads)
                 self.early += sum(map(len, payloads))
 
     def bytes(self) -> ServerBytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_COLUMNS = 56
 COLUMNS = (
     "step", "epoch", "time", "num_tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "step_time_seconds",
-    "pushed_bytes", "pulled_bytes", "skipped", "version", "num_steps",
+    "pushed_bytes", "pulled_bytes", "skipped", "version", "num_steps", "slots",
 )  # fmt: skip
 """Of the CSV: the keys of `StepMetrics.to_dict`, in order."""
 
@@ -29,6 +29,7 @@ def csv_lines(rows: Iterable[StepMetrics]) -> Iterator[str]:
     """Yield the rows as lines of CSV, after a header.
 
     Missing values are empty. A loss or norm that is not finite is `nan`, `inf` or `-inf`. Numbers have all digits.
+    Slots are separated by blanks.
     """
     yield _csv_line(COLUMNS)
     for row in rows:
@@ -36,6 +37,7 @@ def csv_lines(rows: Iterable[StepMetrics]) -> Iterator[str]:
         # `to_dict` has no NaN, because JSON has none.
         document |= {"loss": row.loss, "grad_norm": row.grad_norm, "validation_loss": row.validation_loss}
         document["skipped"] = str(row.skipped).lower()
+        document["slots"] = " ".join(map(str, row.slots))
         yield _csv_line([document[column] for column in COLUMNS])
 
 
@@ -65,10 +67,11 @@ def sparkline(values: Sequence[float], num_columns: int = SPARKLINE_COLUMNS) -> 
     return "".join(BARS[round((mean - least) / span * (len(BARS) - 1)) if span else 0] for mean in means)
 
 
-def metrics_table(rows: Iterable[StepMetrics]) -> Any:
-    """The rows as a rich table of at most 80 columns."""
+def metrics_table(rows: Collection[StepMetrics], num_slots: int = 0) -> Any:
+    """The rows as a rich table of at most 80 columns. In a job with a quorum it says how many of the slots counted."""
+    counted = [">SLOTS"] if any(row.slots for row in rows) else []
     return terminal.make_table(
-        [">STEP", ">TOKENS", ">LOSS", ">VALIDATION", ">LR", ">NORM", ">TIME", ">UP", ">DOWN"],
+        [">STEP", ">TOKENS", ">LOSS", ">VALIDATION", ">LR", ">NORM", ">TIME", ">UP", ">DOWN", *counted],
         [
             (
                 row_steps(row),
@@ -80,6 +83,7 @@ def metrics_table(rows: Iterable[StepMetrics]) -> Any:
                 seconds_text(row.step_time.total_seconds()) if row.step_time is not None else "-",
                 terminal.format_bytes(row.pushed_bytes) if row.pushed_bytes is not None else "-",
                 terminal.format_bytes(row.pulled_bytes) if row.pulled_bytes is not None else "-",
+                *([f"{len(row.slots)}/{num_slots}" if row.slots else "-"] if counted else []),
             )
             for row in rows
         ],

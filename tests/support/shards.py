@@ -161,8 +161,8 @@ class Cluster:
     async def _ask_leader(self, report: pb.CompleteStepRequest) -> Decision:
         return Decision.from_proto(await self.stubs[self.plan.leader].CompleteStep(report), report.step)
 
-    async def _ask_leader_for_slots(self, request: pb.CompleteSlotRequest) -> list[int]:
-        return list((await self.stubs[self.plan.leader].CompleteSlot(request)).slots)
+    async def _ask_leader_for_slots(self, request: pb.CompleteSlotsRequest) -> list[int]:
+        return list((await self.stubs[self.plan.leader].CompleteSlots(request)).slots)
 
     async def _take_step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         self.reports.append(report)

@@ -25,8 +25,8 @@ class ParameterServerStub:
         self.CompleteStep = channel.unary_unary(
             f"/{_SERVICE}/CompleteStep", pb.CompleteStepRequest.SerializeToString, pb.CompleteStepResponse.FromString
         )
-        self.CompleteSlot = channel.unary_unary(
-            f"/{_SERVICE}/CompleteSlot", pb.CompleteSlotRequest.SerializeToString, pb.CompleteSlotResponse.FromString
+        self.CompleteSlots = channel.unary_unary(
+            f"/{_SERVICE}/CompleteSlots", pb.CompleteSlotsRequest.SerializeToString, pb.CompleteSlotsResponse.FromString
         )
         self.GetServerStatus = channel.unary_unary(
             f"/{_SERVICE}/GetServerStatus",
@@ -56,8 +56,8 @@ def add_parameter_server(servicer: Any, server: grpc.aio.Server) -> None:
         "CompleteStep": grpc.unary_unary_rpc_method_handler(
             servicer.CompleteStep, pb.CompleteStepRequest.FromString, pb.CompleteStepResponse.SerializeToString
         ),
-        "CompleteSlot": grpc.unary_unary_rpc_method_handler(
-            servicer.CompleteSlot, pb.CompleteSlotRequest.FromString, pb.CompleteSlotResponse.SerializeToString
+        "CompleteSlots": grpc.unary_unary_rpc_method_handler(
+            servicer.CompleteSlots, pb.CompleteSlotsRequest.FromString, pb.CompleteSlotsResponse.SerializeToString
         ),
         "GetServerStatus": grpc.unary_unary_rpc_method_handler(
             servicer.GetServerStatus, pb.GetServerStatusRequest.FromString, pb.GetServerStatusResponse.SerializeToString

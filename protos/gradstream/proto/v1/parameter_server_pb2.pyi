@@ -487,8 +487,8 @@ class CompleteStepResponse(_message.Message):
 Global___CompleteStepResponse: _TypeAlias = CompleteStepResponse  # noqa: Y015
 
 @_typing.final
-class CompleteSlotRequest(_message.Message):
-    """Reports that a server has every contribution of a slot to a round with a quorum."""
+class CompleteSlotsRequest(_message.Message):
+    """Reports of which slots a server has every contribution to a round with a quorum."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -496,7 +496,7 @@ class CompleteSlotRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SERVER_FIELD_NUMBER: _builtins.int
-    SLOT_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -505,8 +505,10 @@ class CompleteSlotRequest(_message.Message):
     """The version from which the round starts."""
     server: _builtins.int
     """The server's index in the plan."""
-    slot: _builtins.int
-    """The slot."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The slots."""
+
     def __init__(
         self,
         *,
@@ -514,18 +516,18 @@ class CompleteSlotRequest(_message.Message):
         epoch: _builtins.int = ...,
         step: _builtins.int = ...,
         server: _builtins.int = ...,
-        slot: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "server", b"server", "slot", b"slot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "server", b"server", "slots", b"slots", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CompleteSlotRequest: _TypeAlias = CompleteSlotRequest  # noqa: Y015
+Global___CompleteSlotsRequest: _TypeAlias = CompleteSlotsRequest  # noqa: Y015
 
 @_typing.final
-class CompleteSlotResponse(_message.Message):
+class CompleteSlotsResponse(_message.Message):
     """The leader's decision on the slots of a round."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -550,7 +552,7 @@ class CompleteSlotResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CompleteSlotResponse: _TypeAlias = CompleteSlotResponse  # noqa: Y015
+Global___CompleteSlotsResponse: _TypeAlias = CompleteSlotsResponse  # noqa: Y015
 
 @_typing.final
 class GetServerStatusRequest(_message.Message):

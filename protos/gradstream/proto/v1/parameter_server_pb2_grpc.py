@@ -50,10 +50,10 @@ class ParameterServerServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepResponse.FromString,
                 _registered_method=True)
-        self.CompleteSlot = channel.unary_unary(
-                '/gradstream.proto.v1.ParameterServerService/CompleteSlot',
-                request_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotRequest.SerializeToString,
-                response_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotResponse.FromString,
+        self.CompleteSlots = channel.unary_unary(
+                '/gradstream.proto.v1.ParameterServerService/CompleteSlots',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotsRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotsResponse.FromString,
                 _registered_method=True)
         self.GetServerStatus = channel.unary_unary(
                 '/gradstream.proto.v1.ParameterServerService/GetServerStatus',
@@ -91,9 +91,9 @@ class ParameterServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CompleteSlot(self, request, context):
-        """Reports to the leader that a server has every contribution of a slot to a round with a quorum. The response, sent once
-        the leader has decided, names the slots that count. A repeated request gets the same decision.
+    def CompleteSlots(self, request, context):
+        """Reports to the leader of which slots a server has every contribution to a round with a quorum. The response, sent
+        once the leader has decided, names the slots that count. A repeated request gets the same decision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,10 +124,10 @@ def add_ParameterServerServiceServicer_to_server(servicer, server):
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteStepResponse.SerializeToString,
             ),
-            'CompleteSlot': grpc.unary_unary_rpc_method_handler(
-                    servicer.CompleteSlot,
-                    request_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotRequest.FromString,
-                    response_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotResponse.SerializeToString,
+            'CompleteSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteSlots,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotsRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotsResponse.SerializeToString,
             ),
             'GetServerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerStatus,
@@ -228,7 +228,7 @@ class ParameterServerService(object):
             _registered_method=True)
 
     @staticmethod
-    def CompleteSlot(request,
+    def CompleteSlots(request,
             target,
             options=(),
             channel_credentials=None,
@@ -241,9 +241,9 @@ class ParameterServerService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/gradstream.proto.v1.ParameterServerService/CompleteSlot',
-            gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotRequest.SerializeToString,
-            gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotResponse.FromString,
+            '/gradstream.proto.v1.ParameterServerService/CompleteSlots',
+            gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotsRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_parameter__server__pb2.CompleteSlotsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,9 +46,9 @@ class ParameterServerServiceStub:
     """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
     servers have reported, is the decision about the step. A repeated request gets the same decision.
     """
-    CompleteSlot: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteSlotRequest, _parameter_server_pb2.CompleteSlotResponse]
-    """Reports to the leader that a server has every contribution of a slot to a round with a quorum. The response, sent once
-    the leader has decided, names the slots that count. A repeated request gets the same decision.
+    CompleteSlots: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteSlotsRequest, _parameter_server_pb2.CompleteSlotsResponse]
+    """Reports to the leader of which slots a server has every contribution to a round with a quorum. The response, sent
+    once the leader has decided, names the slots that count. A repeated request gets the same decision.
     """
     GetServerStatus: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.GetServerStatusRequest, _parameter_server_pb2.GetServerStatusResponse]
     """Returns the server's state."""
@@ -71,9 +71,9 @@ class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
     """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
     servers have reported, is the decision about the step. A repeated request gets the same decision.
     """
-    CompleteSlot: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteSlotRequest, _parameter_server_pb2.CompleteSlotResponse]  # type: ignore[assignment]
-    """Reports to the leader that a server has every contribution of a slot to a round with a quorum. The response, sent once
-    the leader has decided, names the slots that count. A repeated request gets the same decision.
+    CompleteSlots: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteSlotsRequest, _parameter_server_pb2.CompleteSlotsResponse]  # type: ignore[assignment]
+    """Reports to the leader of which slots a server has every contribution to a round with a quorum. The response, sent
+    once the leader has decided, names the slots that count. A repeated request gets the same decision.
     """
     GetServerStatus: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.GetServerStatusRequest, _parameter_server_pb2.GetServerStatusResponse]  # type: ignore[assignment]
     """Returns the server's state."""
@@ -113,13 +113,13 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def CompleteSlot(
+    def CompleteSlots(
         self,
-        request: _parameter_server_pb2.CompleteSlotRequest,
+        request: _parameter_server_pb2.CompleteSlotsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_parameter_server_pb2.CompleteSlotResponse, _abc.Awaitable[_parameter_server_pb2.CompleteSlotResponse]]:
-        """Reports to the leader that a server has every contribution of a slot to a round with a quorum. The response, sent once
-        the leader has decided, names the slots that count. A repeated request gets the same decision.
+    ) -> _typing.Union[_parameter_server_pb2.CompleteSlotsResponse, _abc.Awaitable[_parameter_server_pb2.CompleteSlotsResponse]]:
+        """Reports to the leader of which slots a server has every contribution to a round with a quorum. The response, sent
+        once the leader has decided, names the slots that count. A repeated request gets the same decision.
         """
 
     @_abc_1.abstractmethod

@@ -164,9 +164,14 @@ class Accumulation:
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
 
-    def to_decide(self, slot: int) -> bool:
-        """Whether this server has every contribution of a slot of which the leader has not decided yet."""
-        return self._counted is None and not self._missing_S[slot]
+    def is_whole(self, slot: int) -> bool:
+        """Whether this server holds every contribution of a slot; False once it is decided which slots count."""
+        return slot in self._held and not self._missing_S[slot]
+
+    @property
+    def whole(self) -> list[int]:
+        """The slots of which this server holds every contribution, in rising order."""
+        return sorted(filter(self.is_whole, self._held))
 
     def count(self, slots: Collection[int]) -> None:
         """Let the contributions of the slots that count wait to be added, and drop those of the others.
@@ -175,11 +180,9 @@ class Accumulation:
         """
         if self._counted is not None:
             return
-        whole = [slot for slot in self._held if not self._missing_S[slot]]
+        whole = self.whole
         if not slots or not set(slots).issubset(whole):
-            raise ProtocolError(
-                f"the leader counts {slots_text(slots)}, but whole here are {slots_text(sorted(whole))}"
-            )
+            raise ProtocolError(f"the leader counts {slots_text(slots)}, but whole here are {slots_text(whole)}")
         self._counted = frozenset(slots)
         for state in self.expected:
             state.count_slots(len(slots))

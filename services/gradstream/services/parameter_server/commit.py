@@ -83,9 +83,9 @@ class Decision:
 # -- complete ----------------------------------------------------------------------------------------------------------
 
 
-def slot_completion(plan: Plan, server: int, step: int, slot: int) -> pb.CompleteSlotRequest:
-    """Make a server's report to the leader that its bundles have every contribution of a slot to a round."""
-    return pb.CompleteSlotRequest(job_id=plan.job_id, epoch=plan.epoch, step=step, server=server, slot=slot)
+def slots_completion(plan: Plan, server: int, step: int, slots: Iterable[int]) -> pb.CompleteSlotsRequest:
+    """Make a server's report to the leader that its bundles have every contribution of these slots to a round."""
+    return pb.CompleteSlotsRequest(job_id=plan.job_id, epoch=plan.epoch, step=step, server=server, slots=slots)
 
 
 def completion(

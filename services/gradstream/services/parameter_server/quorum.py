@@ -65,31 +65,29 @@ class SlotLeader:
         self._holders.clear()
         self._whole_at.clear()
 
-    async def complete(self, request: pb.CompleteSlotRequest) -> tuple[int, ...]:
-        """Take a server's report that it has a slot whole; return the slots that count once that is decided.
+    async def complete(self, request: pb.CompleteSlotsRequest) -> tuple[int, ...]:
+        """Take a server's report of the slots that it has whole; return the slots that count once that is decided.
 
-        A report of an earlier round was on its way for long: its server has had the answer in another call, and gets
-        no slots. Raises ProtocolError.
+        Raises ProtocolError.
         """
         step, slots = self._decided
         if request.step == step:
             return slots
-        if request.step < self._step:
-            return ()
         undecided = self._plan.counted_slots(request.step) is None
         if request.step != self._step or not undecided or request.server >= len(self._plan.servers):
             raise ProtocolError(
-                f"server {request.server} has slot {request.slot} of step {request.step}, which no quorum decides on "
-                f"while step {self._step} is under way; it must load the plan again"
+                f"server {request.server} has slots of step {request.step}, which no quorum decides on while step "
+                f"{self._step} is under way; it must load the plan again"
             )
-        if request.slot >= self._plan.num_slots:
-            raise ProtocolError(f"server {request.server} has slot {request.slot} of {self._plan.num_slots}")
+        if any(slot >= self._plan.num_slots for slot in request.slots):
+            raise ProtocolError(f"server {request.server} has {slots_text(request.slots)} of {self._plan.num_slots}")
         pending = self._pending
-        holders = self._holders.setdefault(request.slot, set())
-        holders.add(request.server)
-        if len(holders) == len(self._plan.servers):
-            self._whole_at.setdefault(request.slot, self._clock())
-            self._judge()
+        for slot in request.slots:
+            holders = self._holders.setdefault(slot, set())
+            holders.add(request.server)
+            if len(holders) == len(self._plan.servers):
+                self._whole_at.setdefault(slot, self._clock())
+        self._judge()
         return await asyncio.shield(pending)
 
     def _judge(self) -> None:

@@ -120,7 +120,7 @@ class ParameterServer:
                 index,
                 self._executor,
                 self._complete_at_leader,
-                self._complete_slot_at_leader,
+                self._complete_slots_at_leader,
                 self._step_reports.put,
                 self._send_checkpoint,
                 report_failure,
@@ -156,9 +156,9 @@ class ParameterServer:
 
         return Decision.from_proto(await self._ask_leader(lambda stub: stub.CompleteStep(report)), report.step)
 
-    async def _complete_slot_at_leader(self, request: pb.CompleteSlotRequest) -> Sequence[int]:
+    async def _complete_slots_at_leader(self, request: pb.CompleteSlotsRequest) -> Sequence[int]:
         """Send a report of a slot to the leader; return the slots that count. Raises ProtocolError."""
-        answer = await self._ask_leader(lambda stub: stub.CompleteSlot(request))
+        answer = await self._ask_leader(lambda stub: stub.CompleteSlots(request))
         if answer.step != request.step:
             raise ProtocolError(f"the leader decided on the slots of step {answer.step}, not of step {request.step}")
         return list(answer.slots)

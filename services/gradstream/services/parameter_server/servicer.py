@@ -168,14 +168,14 @@ class ParameterServerServicer:
             return (await shard.leader.complete(request)).to_proto()
         raise AssertionError("answering() aborts the call")
 
-    async def CompleteSlot(self, request: pb.CompleteSlotRequest, context: Context) -> pb.CompleteSlotResponse:
+    async def CompleteSlots(self, request: pb.CompleteSlotsRequest, context: Context) -> pb.CompleteSlotsResponse:
         """Take another server's report that it has a slot whole, on the leader; answer with the slots that count."""
         async with answering(context):
             shard = self._shard(request.job_id, request.epoch)
             if shard.slot_leader is None:
                 raise ProtocolError(f"server {shard.index} decides on no slots of {request.job_id}")
             slots = await shard.slot_leader.complete(request)
-            return pb.CompleteSlotResponse(step=request.step, slots=slots)
+            return pb.CompleteSlotsResponse(step=request.step, slots=slots)
         raise AssertionError("answering() aborts the call")
 
     async def GetServerStatus(self, request: pb.GetServerStatusRequest, context: Context) -> pb.GetServerStatusResponse:

@@ -66,8 +66,8 @@ class Phase:
 class Shard:
     """A server's share of a job for one epoch.
 
-    `complete_at_leader` and `complete_slot_at_leader` send a report to the leader on another server; on the leader they
-    are not used.
+    `complete_at_leader` and `complete_slots_at_leader` send a report to the leader on another server; the leader does
+    not use them.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Shard:
         index: int,
         executor: ThreadPoolExecutor,
         complete_at_leader: Callable[[pb.CompleteStepRequest], Awaitable[Decision]],
-        complete_slot_at_leader: Callable[[pb.CompleteSlotRequest], Awaitable[Sequence[int]]],
+        complete_slots_at_leader: Callable[[pb.CompleteSlotsRequest], Awaitable[Sequence[int]]],
         report_step: Callable[[coordinator_pb2.ReportStepRequest], Awaitable[None]],
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], Awaitable[None]],
         report_failure: Callable[[Exception], Awaitable[None]],
@@ -114,10 +114,11 @@ class Shard:
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
         local = recipe.local if plan.has_quorum and index == plan.leader else None
         self.slot_leader = SlotLeader(plan, local) if local is not None else None
+        self._slot_report: asyncio.Task[None] | None = None  # waits for the leader's decision on the slots of a round
         self._early = EarlyBundles(executor, self._notify)
         self._executor = executor
         self._complete_at_leader = complete_at_leader
-        self._complete_slot_at_leader = complete_slot_at_leader
+        self._complete_slots_at_leader = complete_slots_at_leader
         self._report_step = report_step
         self._report_failure = report_failure
         self._faults = faults or Faults("")
@@ -185,24 +186,27 @@ class Shard:
         state = self.bundles[header.bundle]
         if result == pb.PUSH_RESULT_ACCEPTED:
             self._add_waiting(state)
-            if self.accumulation.to_decide(header.slot):
-                self._spawn(self._complete_slot(header.slot))
+            if self.accumulation.is_whole(header.slot):
+                self._report_slots()
         return result
 
     async def room(self) -> None:
         """Wait while too many bytes of contributions wait to be added. Returns at once when the shard is closed."""
         await self.accumulation.room()
 
-    async def _complete_slot(self, slot: int) -> None:
-        """Report to the leader that a slot is whole here, and add the slots that count once it has decided."""
-        step = self.version
-        request = commit.slot_completion(self.plan, self.index, step, slot)
+    def _report_slots(self) -> None:
+        """Report the slots that are whole here to the leader, in place of an earlier report that waits."""
+        if self._slot_report is not None:
+            self._slot_report.cancel()
+        self._slot_report = self._spawn(self._complete_slots())
+
+    async def _complete_slots(self) -> None:
+        request = commit.slots_completion(self.plan, self.index, self.version, self.accumulation.whole)
         leader = self.slot_leader
-        slots = await (leader.complete(request) if leader else self._complete_slot_at_leader(request))
-        if step == self.version:  # else the answer for another slot came first
-            self.accumulation.count(slots)
-            for state in self.accumulation.expected:
-                self._add_waiting(state)
+        slots = await (leader.complete(request) if leader else self._complete_slots_at_leader(request))
+        self.accumulation.count(slots)
+        for state in self.accumulation.expected:
+            self._add_waiting(state)
 
     def _add_waiting(self, state: BundleState) -> None:
         if state.start_adding():

@@ -79,8 +79,8 @@ def test_the_reason_names_the_late_slots() -> None:
 # -- the leader --------------------------------------------------------------------------------------------------------
 
 
-def report(slot: int, server: int, step: int = 0) -> pb.CompleteSlotRequest:
-    return pb.CompleteSlotRequest(job_id="job", epoch=5, step=step, server=server, slot=slot)
+def report(server: int, *slots: int, step: int = 0) -> pb.CompleteSlotsRequest:
+    return pb.CompleteSlotsRequest(job_id="job", epoch=5, step=step, server=server, slots=slots)
 
 
 def leader_of(plan: Plan, clock: Callable[[], float] = lambda: 0.0) -> SlotLeader:
@@ -90,31 +90,29 @@ def leader_of(plan: Plan, clock: Callable[[], float] = lambda: 0.0) -> SlotLeade
 
 async def test_a_slot_counts_that_is_whole_on_every_server() -> None:
     leader = leader_of(plan_of(2))
-    waiting = [asyncio.create_task(leader.complete(report(slot, server))) for slot, server in [(0, 0), (1, 0), (2, 0)]]
-    waiting += [asyncio.create_task(leader.complete(report(2, 1)))]
+    waiting = [asyncio.create_task(leader.complete(each)) for each in (report(0, 0), report(0, 0, 1, 2), report(1, 2))]
     await asyncio.sleep(0)  # one turn: all wait
     assert not any(task.done() for task in waiting)
-    assert await leader.complete(report(1, 1)) == (1, 2)
-    assert [await task for task in waiting] == [(1, 2)] * 4
-    assert await leader.complete(report(0, 1)) == (1, 2), "slot 0 came too late"
+    waiting[0].cancel()  # another report has taken its place
+    assert await leader.complete(report(1, 1, 2)) == (1, 2)
+    assert [await task for task in waiting[1:]] == [(1, 2)] * 2
+    assert await leader.complete(report(1, 0, 1, 2)) == (1, 2), "slot 0 came too late"
 
 
 async def test_the_leader_decides_when_the_grace_is_over() -> None:
     leader = leader_of(plan_of(1, grace_seconds=0.01), asyncio.get_running_loop().time)
-    answers = await asyncio.gather(leader.complete(report(0, 0)), leader.complete(report(2, 0)))
-    assert answers == [(0, 2), (0, 2)]
+    assert await leader.complete(report(0, 0, 2)) == (0, 2)
 
 
-async def test_reports_that_do_not_fit_are_refused_and_late_ones_harmless() -> None:
+async def test_reports_that_do_not_fit_are_refused() -> None:
     plan = replace(plan_of(1, after=1), recorded=(RecordedSlots(2, 3, (0, 1)),))
     leader = leader_of(plan)
     for step in (0, 2):  # an ordinary step, and a round whose slots are recorded
         leader.begin_step(step)
         with pytest.raises(ProtocolError, match="no quorum decides"):
-            await leader.complete(report(0, 0, step))
+            await leader.complete(report(0, 0, step=step))
     leader.begin_step(3)
-    assert await leader.complete(report(2, 0, step=1)) == ()
-    for wrong in (report(0, 0, step=4), report(0, 1, step=3), report(3, 0, step=3)):
+    for wrong in (report(0, 0, step=1), report(0, 0, step=4), report(1, 0, step=3), report(0, 3, step=3)):
         with pytest.raises(ProtocolError):
             await leader.complete(wrong)
     waiting = asyncio.create_task(leader.complete(report(0, 0, step=3)))
@@ -205,7 +203,7 @@ async def test_a_replay_takes_the_recorded_slots_to_the_same_bits() -> None:
 async def test_a_leader_without_a_quorum_decides_on_no_slots() -> None:
     async with serving(make_plan(1)) as cluster:
         with pytest.raises(grpc.aio.AioRpcError, match="decides on no slots"):
-            await cluster.stubs[0].CompleteSlot(report(0, 0))
+            await cluster.stubs[0].CompleteSlots(report(0, 0))
 
 
 @pytest.mark.parametrize(

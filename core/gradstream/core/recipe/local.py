@@ -192,3 +192,8 @@ def _check_quorum(local: LocalConfig, training: TrainingConfig | FineTuningTrain
             f"local.quorum is not for codec.push {codec.push} with a residual: it also depends on the slots that were "
             f"late, which a replay leaves out; use {cure}, or leave local.quorum out"
         )
+    if local.inner_state == "keep":
+        raise ValueError(
+            "local.quorum is not for local.inner_state keep: the moments also depend on the slots that were late, "
+            "which a replay leaves out; use local.inner_state=shared, or leave local.quorum out"
+        )

@@ -626,7 +626,7 @@ class Event(_message.Message):
     unix_ms: _builtins.int
     """Unix time in milliseconds."""
     kind: _builtins.str
-    """The kind: submitted, state, plan, leases, node, checkpoint, skip, failure, validation."""
+    """The kind: submitted, state, plan, leases, node, checkpoint, skip, quorum, failure, validation."""
     message: _builtins.str
     """One line for people."""
     def __init__(

@@ -186,7 +186,7 @@ def test_what_becomes_of_the_moments_is_said(tmp_path: Path) -> None:
     assert start_note(plain, shared, True) == to_steps.format("goes on with its moments")
     assert start_note(plain, shared, False) == to_steps.format("begins with moments of zero")
     for here in (plain, shared, after):
-        with pytest.raises(ConfigError, match=r"job:b-1 has no moments, because local\.inner_state reset drops them"):
+        with pytest.raises(ConfigError, match=r"job:b-1 has no moments, because local\.inner_state reset keeps none"):
             start_note(here, reset, True)
     assert start_note(reset, reset, True) == ""
 

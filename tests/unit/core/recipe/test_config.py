@@ -105,6 +105,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
             "local.quorum is not for codec.push sparse with a residual: it also depends on the slots that were late, "
             "which a replay leaves out; use codec.push=int4, or leave local.quorum out",
         ),
+        (
+            changed(local={"steps": 1, "quorum": 1, "inner_state": "keep"}),
+            "a replay leaves out; use local.inner_state=shared, or leave local.quorum out",
+        ),
         # `yes` is true in YAML, and true is 1 in Python.
         (changed(training={"num_steps": True}), "'training.num_steps': input should be a number, not True"),
         (changed(optimizer={"learning_rate": True}), "'optimizer.learning_rate': input should be a number, not True"),

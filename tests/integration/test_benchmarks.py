@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
+    "churn",
     "codecs",
     "fine_tuning",
     "generation",
@@ -45,6 +46,7 @@ def test_every_benchmark_is_tried_here() -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("churn", []),
         ("codecs", []),
         ("fine_tuning", []),  # with the cluster of bench-step
         ("generation", []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,18 @@ def test_same_bits_on_every_number_of_nodes_and_after_deaths(cluster: Cluster, t
     assert cluster.wait_dead("mortal") == -9
     finish("shared", "a worker killed in mid-round", job.job_id)
     assert cluster.client.job(job.job_id).epoch == 1
+
+    # An idle worker takes the slot that a slow one has not begun, and copies the one that it computes.
+    cluster.start_workers("snail", faults="slow@milliseconds=1000")
+    job = cluster.client.submit(recipe_of(tiny_data, tmp_path / "runs", "shared", cluster={"min_workers": 2}))
+    finish("shared", "a slow worker's slots are copied", job.job_id)
+    items = list(cluster.client.watch(job.job_id, follow=False))
+    messages = [item.message for item in items if isinstance(item, Event)]
+    assert any(re.search(r"computes a copy of slot \d: in about \d+ s, while snail needs", text) for text in messages)
+    times = [item.time for item in items if isinstance(item, Step)]
+    # Without copies the snail's slot alone takes LENGTH seconds a round.
+    assert (times[-1] - times[0]).total_seconds() < 0.8 * (len(times) - 1) * LENGTH
+    cluster.kill("snail")
 
     cluster.terminate(*live["worker"])
     cluster.start_workers("slow", faults="slow@milliseconds=100")

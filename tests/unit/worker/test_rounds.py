@@ -379,6 +379,9 @@ def test_a_worker_that_starts_again_goes_on_within_the_round(tmp_path: Path, opt
     version = shared_version(plan)
     expected = Worker(plan, version).round(1, 0)
     keep_progress(plan, version, tmp_path, 5)
+    files = ProgressFiles(plan, tmp_path)
+    files.close()
+    assert [(kept.version, kept.slot, kept.num_done) for kept in files.kept] == [(1, 0, 4)], "what it says of itself"
     found, places = go_on(plan, version, tmp_path)
     assert places == [4, 5]
     assert equal(found, expected)

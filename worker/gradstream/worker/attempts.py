@@ -38,22 +38,23 @@ Done = set[tuple[int, bool]]
 
 
 def next_slots(
-    plan: Plan, version: int, held: Sequence[int], done: Collection[tuple[int, bool]]
+    plan: Plan, version: int, held: Sequence[int], to_compute: Sequence[int], done: Collection[tuple[int, bool]]
 ) -> tuple[tuple[int, ...], bool] | None:
     """The slots of the next attempt at a version, and whether it is a validation pass; None when nothing is left.
 
-    In a round of which the ledger has the slots that counted, the others are not computed. Where the quorum decides,
-    the held slots take turns in coming first, because the last one of a slow worker is left out.
+    The worker validates the slots that it holds, and trains those in `to_compute`, which may be others in a round. In a
+    round of which the ledger has the slots that counted, the others are not computed. Where the quorum decides, the
+    held slots take turns in coming first, because the last one of a slow worker is left out.
     """
-    recipe = plan.recipe
+    validates = plan.recipe.validates(version)
     counted = plan.counted_slots(version) if version < plan.last_version else ()
-    if counted is None and held:
+    if counted is None and held and list(to_compute) == list(held):
         first = version % len(held)
-        held = [*held[first:], *held[:first]]
-    for slot in held:
-        if recipe.validates(version) and (slot, True) not in done:
+        to_compute = [*held[first:], *held[:first]]
+    for slot in dict.fromkeys([*to_compute, *held]):
+        if validates and slot in held and (slot, True) not in done:
             return (slot,), True
-        if (counted is None or slot in counted) and (slot, False) not in done:
+        if slot in to_compute and (counted is None or slot in counted) and (slot, False) not in done:
             return _together(plan, version, slot, held, done), False
     return None
 
@@ -84,7 +85,7 @@ class Attempts:
 
     async def begin(self, version: int, done: Done, neighbours: Neighbours | None) -> Attempt | None:
         """Begin the next attempt of a version, on the first worker. Returns None when nothing is left to compute."""
-        found = next_slots(self._plan, version, self._held.slots, done)
+        found = next_slots(self._plan, version, self._held.slots, self._held.to_compute(version), done)
         if found is None:
             return None
         slots, validate = found
@@ -260,6 +261,7 @@ class AttemptRunner:
         count = self._plan.recipe.training.slot_batch
 
         def begin_step(progress: Progress) -> None:
+            self._status.round.begin_step(slot, progress.place)
             self._faults.before_slot(progress.step, slot)
             self._status.detail = f"inner step {progress.place + 1} of {progress.num_steps} of slot {slot}"
 
@@ -280,7 +282,9 @@ class AttemptRunner:
                     self._faults.spoils,
                     neighbours,
                 )
+            self._status.round.end_slot(slot)
         finally:
+            self._status.round.leave_slot()
             self._status.detail = ""
 
     def _validate(

@@ -17,6 +17,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc.aio
@@ -33,10 +34,10 @@ from gradstream.core.rpc.channel import open_channel
 from gradstream.core.telemetry.sampling import Sampling
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
-from gradstream.worker.attempt import AbandonedError
+from gradstream.worker.attempt import AbandonedError, Attempt, is_round
 from gradstream.worker.attempts import AttemptRunner, Attempts, Done
 from gradstream.worker.compute import SlotComputer
-from gradstream.worker.held_slots import HeldSlots
+from gradstream.worker.held_slots import HeldSlots, RoundSlots
 from gradstream.worker.pipeline.membership import Membership
 from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
@@ -147,6 +148,11 @@ class WorkerJob:
             self._unsettled = self._keeper.active
         self._held.take(number, mine)
 
+    def take_round(self, slots: RoundSlots) -> None:
+        """Compute these slots in their round, and abandon a slot of that round that is not among them."""
+        self._held.take_round(slots)
+        self._wake()
+
     def take_sampling(self, sampling: Sampling) -> None:
         """Report timelines by this rule from now on."""
         self._reports.sampling = sampling
@@ -155,7 +161,7 @@ class WorkerJob:
 
     def activity(self) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats."""
-        return self._status.activity(
+        activity = self._status.activity(
             self.plan.job_id,
             self.version,
             self._pusher,
@@ -163,6 +169,10 @@ class WorkerJob:
             self._membership.neighbours,
             self._installer,
         )
+        if activity.detail and self._status.round.slot in self._held.copies(self.version):
+            activity.detail += ", a copy"
+        activity.kept.extend(self._progress.kept)
+        return activity
 
     # -- from loading to the end -----------------------------------------------------------------------------------
 
@@ -285,6 +295,7 @@ class WorkerJob:
         for stream in self._pusher.streams:
             stream.forget_before(version)
         self._progress.forget_before(version)
+        self._status.round.begin(version if self.plan.rounds.is_round(version) else None)
         self._pusher.use_codec(inbox.push_codec)
         await self._hear_of(inbox)
         model.installer.install(inbox)
@@ -314,7 +325,7 @@ class WorkerJob:
                 if attempt is None:
                     continue
             try:
-                await runner.run(attempt, membership.neighbours, lambda: not (upcoming.done() or self._superseded))
+                await runner.run(attempt, membership.neighbours, partial(self._is_wanted, attempt, upcoming))
             except AbandonedError:
                 if membership.neighbours is not None and place is not None and place.is_first:
                     membership.neighbours.void()
@@ -327,6 +338,12 @@ class WorkerJob:
                 continue
             done.update((slot, attempt.validate) for slot in attempt.slots)
         return True
+
+    def _is_wanted(self, attempt: Attempt, upcoming: asyncio.Task[Inbox]) -> bool:
+        """Whether the next version has not come, and the slot is still to be computed here. Called from any thread."""
+        if upcoming.done() or self._superseded:
+            return False
+        return not (is_round(self.plan, attempt) and self._held.drops(attempt.version, attempt.slots[0]))
 
     def _wake(self) -> None:
         """Wake the compute thread to check whether its attempt is still wanted."""

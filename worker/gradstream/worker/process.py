@@ -24,6 +24,7 @@ from gradstream.core.rpc.transport import Transport
 from gradstream.core.telemetry.sampling import Sampling
 from gradstream.core.wire.stubs import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
+from gradstream.worker.held_slots import RoundSlots
 from gradstream.worker.job import WorkerJob
 from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
@@ -85,6 +86,11 @@ class Worker:
             table, plan = directive.leases, self._plan
             if (table.job_id, table.epoch) == (plan.job_id, plan.epoch):
                 await self._take_leases(plan, table)
+        elif kind == "work" and self._job is not None:
+            work, plan = directive.work, self._job.plan
+            if (work.job_id, work.epoch) == (plan.job_id, plan.epoch):
+                slots = tuple(slot for slot in work.slots if slot < plan.num_slots)
+                self._job.take_round(RoundSlots(work.version, slots, tuple(work.copies)))
         elif kind == "sampling" and self._plan is not None:
             wanted, plan = directive.sampling, self._plan
             if (wanted.job_id, wanted.epoch) == (plan.job_id, plan.epoch):

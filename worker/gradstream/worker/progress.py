@@ -32,12 +32,15 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.local import progress_interval
 from gradstream.core.wire.frames import checksum
 from gradstream.core.wire.slot_totals import SlotTotals
+from gradstream.proto.v1 import coordinator_pb2
 
 log = get_logger()
 
 FORGET_SECONDS = 86_400.0
 """The age at which the files of other jobs are removed."""
 MAX_HEAD_BYTES = 1 << 20
+MAX_REPORTED = 64
+"""Maximum number of slots whose progress a heartbeat names."""
 SUFFIX = ".round"
 
 
@@ -54,12 +57,25 @@ class ProgressFiles:
         self._thread = ThreadPoolExecutor(1, "progress")
         self._writing: Future[None] | None = None
         self._copies: list[torch.Tensor] = []
+        self._kept: dict[tuple[int, int], int] = {}  # inner steps by (version, slot)
         self._settings = ""
         """What a slot's round depends on besides its version's arrays."""
         if self.interval_steps:
             recipe = plan.recipe.model_dump(mode="json", exclude={"run_root"})
             self._settings = json.dumps([recipe, plan.data_manifest.model_dump(mode="json")])
+            self._thread.submit(self._find_kept)
             self._thread.submit(self._forget_other_jobs)
+
+    @property
+    def kept(self) -> list[coordinator_pb2.KeptProgress]:
+        """The progress on the disk of the newest slots, at most MAX_REPORTED. On the event loop.
+
+        It is found by name and head; it may turn out not to fit the version.
+        """
+        return [
+            coordinator_pb2.KeptProgress(version=version, slot=slot, num_done=num_done)
+            for (version, slot), num_done in sorted(self._kept.copy().items())[-MAX_REPORTED:]
+        ]
 
     def due(self, num_done: int, num_steps: int) -> bool:
         """Whether progress is kept after `num_done` of a round's inner steps."""
@@ -128,12 +144,20 @@ class ProgressFiles:
                 for piece in pieces:
                     stream.write(piece.data)
             part.replace(path)
+            self._kept[_numbers_of(path)] = len(totals)
         except OSError as error:
             log.warning("progress of a round is not kept: its file cannot be written", file=str(path), cause=str(error))
             with suppress(OSError):
                 part.unlink(missing_ok=True)
 
+    def _find_kept(self) -> None:
+        """Learn what an earlier process has kept."""
+        for path in self._directory.glob(f"*-*{SUFFIX}"):
+            with suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as stream:
+                self._kept[_numbers_of(path)] = len(json.loads(stream.readline(MAX_HEAD_BYTES))["totals"])
+
     def _forget_before(self, version: int) -> None:
+        self._kept = {key: num_done for key, num_done in self._kept.items() if key[0] >= version}
         for path in self._directory.glob("*-*"):  # also files that a killed worker has begun
             number = path.name.split("-")[0]
             if number.isdigit() and int(number) < version:
@@ -151,6 +175,12 @@ class ProgressFiles:
 
     def _path(self, version: int, slot: int) -> Path:
         return self._directory / f"{version}-{slot}{SUFFIX}"
+
+
+def _numbers_of(path: Path) -> tuple[int, int]:
+    """The version and the slot of a file. Raises ValueError."""
+    version, _, slot = path.name.removesuffix(SUFFIX).partition("-")
+    return int(version), int(slot)
 
 
 def _read(stream: BinaryIO, head: dict[str, Any], arrays: Sequence[torch.Tensor]) -> list[SlotTotals]:

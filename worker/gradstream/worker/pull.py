@@ -303,6 +303,11 @@ class Puller:
     def _count(self) -> None:
         self.num_bundles += 1
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a pull is under way whose bundles have not all arrived."""
+        return self._receiving is not None and not self._receiving.done()
+
     async def settled(self) -> None:
         """Wait until no pull is under way: all of its bundles have arrived, or it broke off."""
         if self._receiving is not None:

@@ -22,6 +22,7 @@ from gradstream.worker.outbound import Outbound, with_refusal
 from gradstream.worker.pipeline.neighbours import Neighbours
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
+from gradstream.worker.round_report import RoundReport
 from gradstream.worker.timeline import RawSpan, Timeline
 from gradstream.worker.weights import WeightInstaller
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 class Status:
     """The current activity of a job's task: its phase, what it waits for, and since when.
 
-    Runs on the event loop, except `count_microbatch` and `detail`.
+    Runs on the event loop, except `count_microbatch`, `detail` and `round`.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class Status:
         self._num_microbatches = 0  # begun
         self.detail = ""
         """What is computed within the phase, for people. Set in the compute thread."""
+        self.round = RoundReport()
 
     def enter(self, phase: str) -> None:
         """Enter a phase, in which the task waits for nothing."""
@@ -99,6 +101,8 @@ class Status:
             unreachable_seconds=max(0.0, time.time() - cut_since) if cut_off else 0.0,
             detail=self.detail,
             progress=self._num_microbatches + puller.num_bundles,
+            # Without all of the version no slot can begin.
+            round=self.round.message() if not puller.is_receiving else None,
         )
 
 

@@ -109,6 +109,20 @@ class Planning:
     hold: Hold = Hold()
 
 
+@dataclass(frozen=True)
+class GivenWork:
+    """The slots that a worker was told to compute in the round from `version`, and those that another computes too.
+
+    `session` is the worker's session in which it was told.
+    """
+
+    session: int
+    epoch: int
+    version: int
+    slots: tuple[int, ...]
+    copies: tuple[int, ...]
+
+
 @dataclass
 class ActiveJob:
     """The active job: the only one that is planning, running, or paused with its plan held."""
@@ -146,6 +160,10 @@ class ActiveJob:
     leases_due: bool = False
     # The time (our clock) at which each worker of the table got slots.
     given_at: dict[str, float] = field(default_factory=dict)
+    # What each worker was told to compute in a round, last. It is not stored.
+    work: dict[str, GivenWork] = field(default_factory=dict)
+    # The last moves and copies of slots in the round under way, for people; empty if there were none.
+    round_line: str = ""
     # The silent servers of the plan, and how long the job waits for their state.
     reunion: Reunion = field(default_factory=Reunion)
     # Nodes that get no work of the job for a time.
@@ -253,6 +271,13 @@ class ActiveJob:
         """Set the slots' holders."""
         self.holders = holders
         self.last_holders = [holder or last for holder, last in zip(holders, self.last_holders, strict=True)]
+
+    def work_of(self, worker: str) -> GivenWork | None:
+        """What a worker was told to compute in the round under way; None if it computes the slots that it holds."""
+        given = self.work.get(worker)
+        return (
+            given if given is not None and (given.epoch, given.version) == (self.record.epoch, self.version) else None
+        )
 
     def take_residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
         """Note the report of a slot's residual file, or that a worker took the slot over without a residual."""

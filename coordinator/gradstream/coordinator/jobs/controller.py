@@ -25,6 +25,7 @@ from gradstream.coordinator.jobs.journal import Event, Journal, Retry
 from gradstream.coordinator.jobs.leasing import Leasing
 from gradstream.coordinator.jobs.plan_making import MadePlan, PlanMaking, PlanNodes, Setback
 from gradstream.coordinator.jobs.recovery import recover
+from gradstream.coordinator.jobs.round_work import RoundWork
 from gradstream.coordinator.jobs.server_watch import ServerWatch
 from gradstream.coordinator.jobs.transitions import Transitions
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
@@ -70,6 +71,7 @@ class Controller:
         self.timelines = Timelines()
         self.leasing = Leasing(self.members, self.timing, self.timelines)
         self.transitions = Transitions(state, self.journal, self.nodes, self.leasing, self.timing, clock)
+        self.round_work = RoundWork(self.nodes, self.journal)
         self.servers = ServerWatch(self.members, self.timing, self.reconcile)
         # Checkpoints that retention keeps.
         self.pins = checkpoints.Pins()
@@ -287,6 +289,7 @@ class Controller:
             self.leasing.bench_stuck,
             self._sample_timelines,
             self._lease,
+            self.round_work.share,
             self.boundaries.ask_for_boundary,
         ]
         if active.state in (RUNNING, PAUSED) and active.plan is None:

@@ -14,9 +14,14 @@ from gradstream.core.plan.leases import SLOTS
 
 def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[WorkerSight]:
     """The sights of those workers of the lease table that have a session."""
+    lacking = missing_slots(active, members)
     missing: dict[str, list[int]] = {}
-    for slot in missing_slots(active, members):
+    for slot in lacking:
         missing.setdefault(active.holders[slot], []).append(slot)
+    for holder in dict.fromkeys(active.holders):
+        given = active.work_of(holder)
+        if given is not None:
+            missing[holder] = [slot for slot in given.slots if slot in lacking]
     chains = [replica.workers for replica in active.replicas] or [(holder,) for holder in dict.fromkeys(active.holders)]
     sights = []
     for number, chain in enumerate(chains):

@@ -149,6 +149,8 @@ class Views:
             return
         message.reason = self._reason(active, now)
         name_of = self._controller.members.name_of
+        if active.round_line and active.state == RUNNING:
+            message.decisions.append(active.round_line)
         message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
         message.server_memory.extend(self._memory(active, active.plan))
         counted = counted_text([report for report, _ in active.pace.steps], len(active.holders), active.rounds)

@@ -254,6 +254,8 @@ class Activity(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     NEWCOMER_BYTES_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The node's job; empty when idle."""
     phase: _builtins.str
@@ -294,6 +296,14 @@ class Activity(_message.Message):
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For a server, slots of the current step with missing contributions."""
 
+    @_builtins.property
+    def round(self) -> Global___RoundProgress:
+        """Of a worker that has all of the version from which a round begins: what it has done in that round."""
+
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeptProgress]:
+        """Of a worker: progress within rounds that it has on its disk, at most 64 slots."""
+
     def __init__(
         self,
         *,
@@ -314,14 +324,90 @@ class Activity(_message.Message):
         progress: _builtins.int = ...,
         newcomer_bytes: _builtins.int = ...,
         detail: _builtins.str = ...,
+        round: Global___RoundProgress | None = ...,
+        kept: _abc.Iterable[Global___KeptProgress] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "early_bytes", b"early_bytes", "job_id", b"job_id", "missing_slots", b"missing_slots", "newcomer_bytes", b"newcomer_bytes", "num_parameters", b"num_parameters", "phase", b"phase", "progress", b"progress", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "unreachable", b"unreachable", "unreachable_seconds", b"unreachable_seconds", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "early_bytes", b"early_bytes", "job_id", b"job_id", "kept", b"kept", "missing_slots", b"missing_slots", "newcomer_bytes", b"newcomer_bytes", "num_parameters", b"num_parameters", "phase", b"phase", "progress", b"progress", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "unreachable", b"unreachable", "unreachable_seconds", b"unreachable_seconds", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Activity: _TypeAlias = Activity  # noqa: Y015
+
+@_typing.final
+class RoundProgress(_message.Message):
+    """What a worker has done in a round of local steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    NUM_DONE_FIELD_NUMBER: _builtins.int
+    INNER_STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version from which the round begins."""
+    slot: _builtins.int
+    """The slot that it computes; absent when it computes none."""
+    num_done: _builtins.int
+    """Number of inner steps of that slot that are done."""
+    inner_step_seconds: _builtins.float
+    """Seconds that an inner step takes: the mean over the slot that it computes, or computed last, and at least the time
+    of the step under way; 0 before it is known.
+    """
+    @_builtins.property
+    def computed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The slots of the round that it has computed. Their contributions are sent or on the way."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        slot: _builtins.int | None = ...,
+        num_done: _builtins.int = ...,
+        inner_step_seconds: _builtins.float = ...,
+        computed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "slot", b"slot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "computed", b"computed", "inner_step_seconds", b"inner_step_seconds", "num_done", b"num_done", "slot", b"slot", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
+    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
+
+Global___RoundProgress: _TypeAlias = RoundProgress  # noqa: Y015
+
+@_typing.final
+class KeptProgress(_message.Message):
+    """A slot's progress within a round, on the disk of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    NUM_DONE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version from which the round begins."""
+    slot: _builtins.int
+    """The slot."""
+    num_done: _builtins.int
+    """Number of inner steps that are done."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        num_done: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_done", b"num_done", "slot", b"slot", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptProgress: _TypeAlias = KeptProgress  # noqa: Y015
 
 @_typing.final
 class LogLine(_message.Message):
@@ -450,6 +536,7 @@ class SessionResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     STORAGE_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """To the plan's servers and to all workers: take up this plan. A node that has the same job and epoch ignores it."""
@@ -478,6 +565,10 @@ class SessionResponse(_message.Message):
     def sampling(self) -> Global___TimelineSampling:
         """To workers: report timelines by this rule from now on."""
 
+    @_builtins.property
+    def work(self) -> Global___RoundWork:
+        """To a worker: the slots that it computes in a round of local steps."""
+
     def __init__(
         self,
         *,
@@ -488,16 +579,61 @@ class SessionResponse(_message.Message):
         snapshot: Global___SnapshotRequest | None = ...,
         storage: Global___StorageCheck | None = ...,
         sampling: Global___TimelineSampling | None = ...,
+        work: Global___RoundWork | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "sampling", b"sampling", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "sampling", b"sampling", "snapshot", b"snapshot", "storage", b"storage", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "sampling", b"sampling", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "sampling", b"sampling", "snapshot", b"snapshot", "storage", b"storage", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot", "storage", "sampling"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot", "storage", "sampling", "work"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class RoundWork(_message.Message):
+    """The slots that a worker computes in one round, instead of those that it holds by the lease table. A worker abandons
+    the slot that it computes if it is not among them. A later message for the same round replaces it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    epoch: _builtins.int
+    """The plan's epoch."""
+    version: _builtins.int
+    """The version from which the round begins."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The slots, in the order in which the worker computes them."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of the slots that another worker computes as well."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        version: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        copies: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "epoch", b"epoch", "job_id", b"job_id", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundWork: _TypeAlias = RoundWork  # noqa: Y015
 
 @_typing.final
 class TimelineSampling(_message.Message):

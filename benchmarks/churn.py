@@ -25,7 +25,7 @@ from pathlib import Path
 from report import Result, arguments_parser, chosen, fail, named, report, result
 from step import MODELS, await_file, process
 
-from gradstream.client import Client, Event, Step
+from gradstream.client import Client, Event, NodeKind, Step
 from gradstream.coordinator.data.prepare import prepare
 from gradstream.core.node.faults import VARIABLE
 from gradstream.core.recipe.loading import parse_recipe
@@ -56,7 +56,7 @@ CASES = [
     Case("churn_2w_10m_h10", "10m", 2, 4, 10, 30, 2, 128, 15.0),
     Case("churn_2w_tiny_h10", "tiny", 2, 4, 10, 25, 2, 16, 15.0, 200),
 ]
-SMOKE = Case("churn_2w_tiny_h5", "tiny", 2, 4, 5, 6, 2, 16, 2.0, 100)
+SMOKE = Case("churn_2w_tiny_h5", "tiny", 2, 4, 5, 5, 2, 16, 2.0, 100)
 TARGET = 0.95
 
 
@@ -150,7 +150,10 @@ def measure(case: Case, data: Path, directory: Path, with_events: bool) -> Resul
 def walk(
     client: Client, recipe: Recipe, workers: Workers, case: Case, kill_seconds: float, with_events: bool = False
 ) -> Walk:
-    """Run a job; with `kill_seconds`, kill the workers in turn at this interval from the first commit on."""
+    """Run a job; with `kill_seconds`, kill the workers in turn at this interval from the first commit on.
+
+    None is killed while another one starts.
+    """
     job = client.submit(recipe)
     steps: list[Step] = []
     ended = threading.Event()
@@ -161,13 +164,13 @@ def walk(
         nonlocal num_kills
         due = time.monotonic() + kill_seconds
         while not ended.wait(SAMPLE_SECONDS):
-            live = sum(node.alive and node.kind == "worker" for node in client.nodes())
+            live = sum(node.alive and node.kind == NodeKind.WORKER for node in client.nodes())
             counted.append(live / case.num_workers)
             workers.start_missing()
-            if kill_seconds and time.monotonic() >= due:
+            if kill_seconds and time.monotonic() >= due and workers.all_up:
                 workers.kill(num_kills % case.num_workers)
                 num_kills += 1
-                due += kill_seconds
+                due = max(due + kill_seconds, time.monotonic())
 
     disturber = threading.Thread(target=disturb)
     for item in client.watch(job.job_id):
@@ -175,6 +178,8 @@ def walk(
             print(f"{item.time:%H:%M:%S.%f} {item.kind}: {item.message}", file=sys.stderr, flush=True)
         if isinstance(item, Step):
             steps.append(item)
+            if with_events:
+                print(f"{item.time:%H:%M:%S.%f} round {item.version + 1}", file=sys.stderr, flush=True)
             if len(steps) == 1:
                 disturber.start()
             if len(steps) == case.num_rounds:
@@ -226,6 +231,11 @@ class Workers:
 
     def _ready(self, number: int) -> Path:
         return self._directory / f"worker-{number}.ready"
+
+    @property
+    def all_up(self) -> bool:
+        """Whether all workers are up. A machine on which they take too long to start would never end a round else."""
+        return all(self._ready(number).exists() for number in range(len(self._running)))
 
     def kill(self, number: int) -> None:
         running = self._running[number]

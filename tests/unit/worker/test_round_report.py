@@ -68,7 +68,8 @@ def test_a_rounds_slots_count_for_that_round_alone() -> None:
 
 
 def test_a_worker_trains_the_rounds_slots_and_validates_those_it_holds() -> None:
-    plan = micro_plan(sections={"local": {"steps": 1}, "validation": {"interval_steps": 1, "num_samples": 8}})
+    sections = {"local": {"steps": 1}, "validation": {"interval_steps": 1, "num_samples": 8}}
+    plan = micro_plan(sections=sections, num_slots=4)
     done: set[tuple[int, bool]] = set()
     order = []
     while (found := next_slots(plan, 0, [0, 1], [2, 0], done)) is not None:

@@ -69,7 +69,8 @@ class RoundWork:
             if activity.phase != "accumulating":
                 return None
             missing.update(slot for slot in activity.missing_slots if slot < len(active.holders))
-        return missing
+        counted = active.plan.counted_slots(active.version)
+        return missing if counted is None else missing.intersection(counted)
 
     def _workers(self, active: ActiveJob, now: float) -> list[RoundWorker]:
         """The workers of the round: those that hold slots, and those that still compute one that went elsewhere."""

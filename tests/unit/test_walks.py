@@ -35,8 +35,8 @@ GRADIENT = [
 ]
 SUBMIT = [
     (f"{CLIENT}/_async_client.py", "AsyncClient.submit", "stub.SubmitJob("),
-    (f"{COORDINATOR}/servicers/jobs.py", "JobsServicer.SubmitJob", "self._submit("),
-    (f"{COORDINATOR}/servicers/jobs.py", "JobsServicer._submit", "self._controller.submit("),
+    (f"{COORDINATOR}/servicers/jobs.py", "JobsServicer.SubmitJob", "self._submissions.submit("),
+    (f"{COORDINATOR}/servicers/submissions.py", "Submissions._submit", "self._controller.submit("),
     (f"{COORDINATOR}/jobs/controller.py", "Controller.submit", "self.journal.create("),
     (f"{COORDINATOR}/jobs/journal.py", "Journal.create", "self._state."),
     (f"{COORDINATOR}/jobs/controller.py", "Controller._make_plan", "self.plan_making."),

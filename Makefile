@@ -8,7 +8,7 @@ JOBS ?= 2
 PARALLEL := $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist loadfile)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose check docs format clients protos lock clean
+.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose test-slurm test-ray check docs format clients protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -50,6 +50,13 @@ wheels: $(STAMP)  ## Fill deploy/wheels, so that images are built without a netw
 
 test-compose: $(STAMP)  ## Test the docker-compose cluster for real (BASE_IMAGE=an image or debian, WHEELS=no: from the index).
 	$(BIN)/python deploy/test_compose.py --base-image $(or $(BASE_IMAGE),debian) $(if $(filter no,$(WHEELS)),--no-wheels) $(ARGS)
+
+test-slurm: $(STAMP)  ## Test training as Slurm jobs, on a real Slurm of virtual nodes on this machine.
+	$(BIN)/python deploy/test_slurm.py
+
+test-ray: $(STAMP)  ## Test training on a local Ray cluster of several nodes (installs ray into the environment).
+	@$(BIN)/python -c "import ray" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock 'ray>=2.50'
+	$(BIN)/python deploy/test_ray.py
 
 check: $(STAMP)  ## Lint, types, protos, docs.
 	$(BIN)/ruff check .

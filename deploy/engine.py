@@ -12,26 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import ROOT, CannotRunError, apt_install, run, say
+
 DEBIAN = "debian"
 """The name that means: make the base image here, from Debian's packages of this release."""
 DEBIAN_RELEASE = "bookworm"
 DEBIAN_IMAGE = f"gradstream-base:{DEBIAN_RELEASE}"
 START_SECONDS = 60.0
-
-
-class CannotRunError(Exception):
-    """The test cannot run here. The message is one line with the reason and the remedy."""
-
-
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(text, flush=True)
 
 
 class Docker:
@@ -44,46 +36,6 @@ class Docker:
     def run(self, *arguments: str, check: bool = True, timeout_seconds: float = 900.0) -> str:
         """Run `docker ARGUMENTS`; return its stdout. Raises AssertionError with its output when it fails."""
         return run([self.program, *arguments], self.environment, check, timeout_seconds)
-
-
-def run(
-    command: Sequence[str],
-    environment: dict[str, str] | None = None,
-    check: bool = True,
-    timeout_seconds: float = 900.0,
-    stdin: str | None = None,
-) -> str:
-    """Run a command in the repository; return its stdout. Raises AssertionError with its output when it fails."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-        input=stdin,
-        stdin=None if stdin is not None else subprocess.DEVNULL,
-    )
-    if check and done.returncode != 0:
-        raise AssertionError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        )
-    return done.stdout
-
-
-def apt_install(*packages: str) -> None:
-    """Install Debian packages. Raises CannotRunError when that is impossible."""
-    wanted = " ".join(packages)
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise CannotRunError(f"{wanted} is missing, and installing it needs root and apt-get; install it yourself")
-    say(f"      installing Debian's {wanted}")
-    run(["apt-get", "update", "-q"], check=False)
-    try:
-        run(["apt-get", "install", "-q", "-y", "--no-install-recommends", *packages])
-    except AssertionError as error:
-        raise CannotRunError(
-            f"{wanted} cannot be installed with apt-get: {str(error).strip().splitlines()[-1]}"
-        ) from None
 
 
 @contextmanager

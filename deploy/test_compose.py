@@ -14,18 +14,15 @@ import argparse
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import ROOT, CannotRunError, Docker, base_image, compose_command, engine, fill_wheels, run, say
+from engine import Docker, base_image, compose_command, engine, fill_wheels
+from harness import NUM_STEPS, ROOT, Steps, free_port, run, run_test, say, wait_until
 
 from gradstream.core.credentials.authority import Authority
 from gradstream.core.credentials.store import from_pack, save
@@ -34,7 +31,6 @@ TARGETS = ("credentials", "coordinator", "parameter-server", "worker", "fine-tun
 SERVICES = ("coordinator", "parameter-server", "worker", "fine-tuning")
 USER = "10001"
 RECIPE = "deploy/test-recipe.yaml"
-NUM_STEPS = 180
 START_SECONDS = 300.0
 JOB_SECONDS = 600.0
 
@@ -148,43 +144,6 @@ class Cluster:
 
 def _shown(credentials: Path | None) -> dict[str, str]:
     return {"GRADSTREAM_CREDENTIALS": str(credentials)} if credentials is not None else {}
-
-
-class Steps:
-    """Prints each step with its seconds. The first step that fails ends the test."""
-
-    def __init__(self) -> None:
-        self.results: list[tuple[str, float]] = []
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        """Run the block as a step of the test."""
-        begin = time.monotonic()
-        say(f"----  {title}")
-        try:
-            yield
-        except BaseException:
-            say(f"FAIL  {title}  ({time.monotonic() - begin:.1f} s)")
-            raise
-        self.results.append((title, time.monotonic() - begin))
-        say(f"PASS  {title}  ({self.results[-1][1]:.1f} s)")
-
-
-def wait_until(
-    condition: Callable[[], bool], what: str, timeout_seconds: float, detail: Callable[[], object] = lambda: ""
-) -> None:
-    """Check a condition every half second until it holds. Raises AssertionError when it does not hold in time."""
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s for {what} {detail()}"
-        time.sleep(0.5)
-
-
-def free_port() -> int:
-    """Find a free port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def size_text(num_bytes: float) -> str:
@@ -380,21 +339,7 @@ def main() -> int:
     parser.add_argument("--no-wheels", dest="wheels", action="store_false", help="let builds use the package index")
     parser.add_argument("--engine", type=Path, metavar="DIR", help="keep an engine's files here for the next time")
     options = parser.parse_args()
-    steps = Steps()
-    directory = Path(tempfile.mkdtemp(prefix="gradstream-compose-"))
-    begin = time.monotonic()
-    try:
-        test(options, directory, steps)
-    except CannotRunError as error:
-        say(f"error: {error}")
-        return 2
-    except (AssertionError, subprocess.TimeoutExpired) as error:
-        say(f"error: {error}")
-        return 1
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    say(f"{len(steps.results)} passed, 0 failed ({time.monotonic() - begin:.0f} s)")
-    return 0
+    return run_test("compose", lambda directory, steps: test(options, directory, steps))
 
 
 if __name__ == "__main__":

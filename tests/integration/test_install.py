@@ -76,6 +76,9 @@ def test_it_is_small_and_whole(installed: Installed) -> None:
     assert all(name in listed for name in bundled_recipes())
     assert str(ROOT) not in installed.run("python", "-c", "import gradstream.client, sys; print(sys.modules.values())")
     assert "extra node" in installed.gradstream("doctor")
+    script = installed.run("python", "-c", "from gradstream.coordinator.cli import slurm; print(slurm.script_path())")
+    assert str(ROOT) not in script
+    assert Path(script.strip()).read_text() == (ROOT / "deploy" / "slurm" / "gradstream.sbatch").read_text()
 
 
 def test_it_trains_on_a_cluster(installed: Installed, cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:

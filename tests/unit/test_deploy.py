@@ -1,4 +1,7 @@
-"""Checks of deploy/ that need no Docker engine. `make test-compose` is the test with real containers."""
+"""Checks of deploy/ that need neither a Docker engine nor Slurm nor Ray.
+
+`make test-compose`, `make test-slurm` and `make test-ray` are the tests with them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import typer
 import yaml
 
 from gradstream.coordinator.cli import serve
+from gradstream.core.errors import ConfigError
 from gradstream.core.extras import MODULES
 from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe
 
@@ -36,6 +40,16 @@ def volumes(service: dict[str, Any]) -> dict[str, str]:
     for entry in service["volumes"]:
         name, target = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", entry).split(":")[:2]
         found[target] = name
+    return found
+
+
+def module(path: str) -> Any:
+    """A module of deploy/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"deploy_{Path(path).stem}", ROOT / "deploy" / path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
     return found
 
 
@@ -116,11 +130,7 @@ def test_services_have_time_to_finish_what_they_write(services: dict[str, Any]) 
 
 
 def test_the_image_of_the_command_line_has_no_torch() -> None:
-    spec = importlib.util.spec_from_file_location("deploy_image", ROOT / "deploy" / "image.py")
-    assert spec is not None
-    assert spec.loader is not None
-    image = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(image)
+    image = module("image.py")
     everything = image.requirements(ROOT / "pyproject.toml", "all")
     light = image.requirements(ROOT / "pyproject.toml", "light")
     assert set(light) < set(everything)
@@ -212,3 +222,96 @@ def test_paths_are_limited_for_services_and_not_for_people(services: dict[str, A
     serving = {"coordinator", "parameter-server", "worker", "worker-gpu", "fine-tuning"}
     limited = {name for name, service in services.items() if "GRADSTREAM_PATHS" in service.get("environment", {})}
     assert limited == serving
+
+
+SBATCH = ROOT / "deploy" / "slurm" / "gradstream.sbatch"
+
+
+def test_every_setting_of_the_slurm_script_is_documented_with_its_default() -> None:
+    head, _, body = SBATCH.read_text().partition("\n#SBATCH")
+    used = dict(re.findall(r"\$\{(GRADSTREAM_\w+):-([^}$]*)", body))
+    assert set(used) >= {"GRADSTREAM_COMMAND", "GRADSTREAM_SERVERS", "GRADSTREAM_DRAIN_SECONDS"}
+    documented = dict(re.findall(r"^#   (GRADSTREAM_\w+)=(\S*)  ", head, re.MULTILINE))
+    # This default holds another variable.
+    assert used.pop("GRADSTREAM_DIR") == "runs/slurm/"
+    assert documented == used | {"GRADSTREAM_DIR": ""}
+    page = (ROOT / "docs" / "slurm-and-ray.md").read_text()
+    assert [name for name in documented if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("role", ["coordinator", "parameter-server", "worker"])
+def test_the_slurm_script_starts_roles_with_options_that_there_are(role: str) -> None:
+    text = SBATCH.read_text().replace("\\\n", " ")
+    (own,) = re.findall(rf"^ *keep {role} (.*)$", text, re.MULTILINE)
+    common = ["--listen", "host:0"] + ([] if role == "coordinator" else ["--coordinator", "host:1"])
+    assert all(f" {option} " in text for option in common[::2])
+    words = [
+        *common,
+        *(word if word.startswith("--") else "1" for word in re.sub(r'"[^"]*(\$\(.*\))?"', "x", own).split()),
+    ]
+    group: Any = typer.main.get_command(serve.app)
+    with group.make_context("serve", [role]) as context:
+        group.get_command(context, role).make_context(role, words, parent=context)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_takes_the_slurm_script() -> None:
+    # SC2317: functions that run on other nodes seem unreachable.
+    result = subprocess.run(
+        ["shellcheck", "--exclude=SC2317", str(SBATCH)], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_bundles_and_memory_of_roles_on_ray() -> None:
+    launch = module("ray/launch.py")
+    assert launch.server_bundles(3, 2.0) == [{"CPU": 2.5}, {"CPU": 2.0}, {"CPU": 2.0}]
+    assert launch.worker_bundles(2, 4.0, 0.0) == [{"CPU": 4.0}] * 2
+    assert launch.worker_bundles(1, 4.0, 1.0) == [{"CPU": 4.0, "GPU": 1.0}]
+    node = {"CPU": 4.0, "memory": 1000.0}
+    # Roles that fill a node have 80 % of its memory.
+    assert [launch.memory_of(cpus, node) for cpus in (1.0, 4.0, 9.0)] == [200, 800, 800]
+    assert launch.memory_of(1.0, {"memory": 1000.0}) == 800
+
+
+def test_a_coordinator_on_ray_keeps_its_port_on_its_host_alone() -> None:
+    launch = module("ray/launch.py")
+    assert launch.listen_address("10.0.0.1", "10.0.0.1:4711") == "10.0.0.1:4711"
+    assert launch.listen_address("10.0.0.2", "10.0.0.1:4711") == "10.0.0.2:0"
+    assert launch.listen_address("10.0.0.1", "") == "10.0.0.1:0"
+
+
+def test_the_example_for_kuberay_gives_options_that_there_are() -> None:
+    job = yaml.safe_load((ROOT / "deploy" / "ray" / "rayjob.yaml").read_text())["spec"]
+    launch = module("ray/launch.py")
+    python, script, *words = job["entrypoint"].split()
+    assert (python, Path(script).name) == ("python", "launch.py")
+    options = launch.parser().parse_args(words)
+    cluster = job["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        assert options.directory.is_relative_to(container["volumeMounts"][0]["mountPath"])
+    # There is room for all bundles on the smallest number of nodes.
+    (workers,) = cluster["workerGroupSpecs"]
+    cpus = workers["minReplicas"] * float(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    bundles = launch.server_bundles(options.servers, options.cpus_per_server)
+    bundles += launch.worker_bundles(options.workers, options.cpus_per_worker, options.gpus_per_worker)
+    assert sum(bundle["CPU"] for bundle in bundles) <= cpus
+    grace = workers["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert min(grace, launch.STOP_SECONDS) > serve.SERVER_GRACE_SECONDS + 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stdlib-gpt", "--workers", "1"], "--workers 1 is fewer than the 2 that the recipe needs"),
+        (["stdlib-gpt", "-s", "trainin.x=1"], "did you mean 'training'?"),
+        (["stdlib-gpt", "--memory-per-worker", "4XB"], "is not a size"),
+    ],
+)
+def test_wrong_options_on_ray_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    launch = module("ray/launch.py")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        launch.Driver(launch.parser().parse_args([*words, "--directory", str(tmp_path)]))
+    assert list(tmp_path.iterdir()) == []

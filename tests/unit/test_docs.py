@@ -37,7 +37,9 @@ def rows(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_test_that_is_named_is_there(page: Path) -> None:
-    absent = [path for path in TEST_PATH.findall(page.read_text()) if not (ROOT / "tests" / path).exists()]
+    # What starts with deploy/ may also lie in the folder of that name.
+    named = TEST_PATH.findall(page.read_text())
+    absent = [path for path in named if not (ROOT / "tests" / path).exists() and not (ROOT / path).exists()]
     assert absent == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,16 +35,100 @@ def submit(
     overrides: OverrideOption = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show its progress until it ends.")] = False,
     request_id: RequestIdOption = None,
+    slurm: Annotated[
+        bool,
+        typer.Option(
+            "--slurm",
+            help="Submit a Slurm job that starts a cluster for this recipe on its nodes. Prints Slurm's id.",
+        ),
+    ] = False,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes", metavar="N", min=1, help="With --slurm: nodes.", show_default="2, or as the recipe needs"
+        ),
+    ] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(
+            "--time", metavar="TIME", help="With --slurm: the time limit, like 4:00:00.", show_default="the partition's"
+        ),
+    ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option("--partition", metavar="NAME", help="With --slurm: the partition.", show_default="Slurm's"),
+    ] = None,
+    servers: Annotated[
+        int | None,
+        typer.Option(
+            "--servers",
+            metavar="N",
+            min=1,
+            help="With --slurm: parameter servers, spread over the first nodes.",
+            show_default="cluster.min_servers",
+        ),
+    ] = None,
+    workers_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--workers-per-node",
+            metavar="N",
+            min=1,
+            help="With --slurm: workers on each node.",
+            show_default="one for each GPU, else one",
+        ),
+    ] = None,
+    drain: Annotated[
+        int | None,
+        typer.Option(
+            "--drain",
+            metavar="SECONDS",
+            help="With --slurm: how long before the time limit training stops with a checkpoint.",
+            show_default="120",
+        ),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sbatch",
+            metavar="KEY=VALUE",
+            help="With --slurm: another option of sbatch, like account=physics or gpus-per-node=4; may be repeated.",
+        ),
+    ] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Submit a recipe to a cluster. Prints the new job's id."""
+    """Submit a recipe to a cluster, or with --slurm to Slurm. Prints the new job's id."""
     from gradstream.core.model.check import recipe_warnings
     from gradstream.core.recipe.loading import load_recipe
 
+    of_slurm = {
+        "--nodes": nodes,
+        "--time": time,
+        "--partition": partition,
+        "--servers": servers,
+        "--workers-per-node": workers_per_node,
+        "--drain": drain,
+        "--sbatch": sbatch,
+    }
+    own = coordinator if coordinator != os.environ.get("GRADSTREAM_COORDINATOR") else None
+    _check_together(slurm, of_slurm, {"--watch": watch, "--request-id": request_id, "--coordinator": own})
     resolved = load_recipe(find_recipe(recipe), overrides or ())
     for warning in recipe_warnings(resolved):
         terminal.warn(warning)
+    if slurm:
+        from gradstream.coordinator.cli.slurm import DRAIN_SECONDS, SlurmOptions, submit_to_slurm
+
+        seconds = drain if drain is not None else DRAIN_SECONDS
+        options = SlurmOptions(nodes, time, partition, servers, workers_per_node, seconds, sbatch or ())
+        made = submit_to_slurm(resolved, options)
+        if output is OutputFormat.json:
+            terminal.print_json(made.to_dict())
+            return
+        terminal.print_line(made.slurm_job_id, flush=True)
+        for line in made.advice():
+            terminal.say(line)
+        return
     with open_client(coordinator) as client:
         job = client.submit(resolved, request_id=request_id)
         if watch:
@@ -51,6 +137,16 @@ def submit(
             return
     _print_job(job, output)
     terminal.hint(f"watch it: gradstream watch {job.job_id}", f"its log:  gradstream logs -f {job.job_id}")
+
+
+def _check_together(slurm: bool, of_slurm: Mapping[str, object], of_cluster: Mapping[str, object]) -> None:
+    """Raise ConfigError when options of Slurm come without --slurm, or options of a running cluster with it."""
+    from gradstream.core.errors import ConfigError
+
+    for option, value in (of_cluster if slurm else of_slurm).items():
+        if value:
+            why = "is about a cluster that runs, and --slurm starts one" if slurm else "goes with --slurm"
+            raise ConfigError(f"{option} {why}; leave one of them out" if slurm else f"{option} {why}; add that option")
 
 
 def watch(

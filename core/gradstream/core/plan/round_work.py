@@ -81,7 +81,9 @@ class _Round:
         self._usual_seconds = statistics.median(known) if known else 0.0
         self._under_way: dict[int, list[str]] = {}
         for worker in workers:
-            if worker.slot is not None and worker.slot in self._open:
+            # A worker abandons the slot that it is no longer told to compute; its heartbeat may not say so yet.
+            stays = not worker.is_told or worker.slot in worker.slots
+            if worker.slot is not None and worker.slot in self._open and stays:
                 self._under_way.setdefault(worker.slot, []).append(worker.node_id)
         self._lists = self._present()
         self._reasons: list[str] = []
@@ -134,7 +136,8 @@ class _Round:
     def _seconds(self, node_id: str, slot: int) -> float:
         """How long a worker needs for a slot, or for the rest of it."""
         worker = self._workers[node_id]
-        done = worker.num_done if worker.slot == slot else worker.kept.get(slot, 0)
+        has_begun = node_id in self._under_way.get(slot, ())
+        done = worker.num_done if has_begun else worker.kept.get(slot, 0)
         return max(0, self._num_steps[slot] - done) * (worker.inner_step_seconds or self._usual_seconds)
 
     def _end(self, node_id: str) -> float:
@@ -158,8 +161,8 @@ class _Round:
         for slot in self._lists[last]:
             if slot in self._under_way:
                 continue
-            for node_id in self._workers:
-                if node_id == last:
+            for node_id, worker in self._workers.items():
+                if node_id == last or not worker.holds:  # without slots it rests after the one under way
                     continue
                 there = ends[node_id] + self._seconds(node_id, slot)
                 gain = ends[last] - max(there, ends[last] - self._seconds(last, slot))
@@ -170,9 +173,9 @@ class _Round:
         _, slot, node_id = best
         self._lists[last].remove(slot)
         self._lists[node_id].append(slot)
-        worker, other = self._workers[node_id], self._workers[last]
+        names = [self._workers[each].name for each in (last, node_id)]
         self._reasons.append(
-            f"slot {slot} goes from {other.name} to {worker.name}: computed in about {self._end(node_id):.0f} s, not "
+            f"slot {slot} goes from {names[0]} to {names[1]}: computed in about {self._end(node_id):.0f} s, not "
             f"{ends[last]:.0f} s"
         )
         return True

@@ -43,11 +43,11 @@ def test_a_slot_that_is_complete_or_on_its_way_is_computed_by_nobody() -> None:
 
 def test_a_slot_moves_to_an_idle_worker_and_only_its_end_counts() -> None:
     busy = worker("a", 0, 1, 2, 3, computed=(0,), slot=1, num_done=5)
-    shares, reasons = shared(busy, worker("b"), missing=[1, 2, 3])
+    shares, reasons = shared(busy, worker("b", 0), missing=[1, 2, 3])
     assert shares == {"a": (1, 3), "b": (2,)}
     assert reasons == ["slot 2 goes from a to b: computed in about 10 s, not 25 s"]
     # A worker three times as slow would be done with it after the others: it stays.
-    assert shared(busy, worker("b", inner_step_seconds=3.0), missing=[1, 2, 3]) == ({"a": (1, 2, 3), "b": ()}, [])
+    assert shared(busy, worker("b", 0, inner_step_seconds=3.0), missing=[1, 2, 3]) == ({"a": (1, 2, 3), "b": ()}, [])
 
 
 def test_what_moved_stays_moved() -> None:
@@ -111,6 +111,17 @@ def test_a_slot_that_moved_by_the_lease_table_is_finished_where_it_was_begun() -
     assert (shares, reasons) == ({"a": (1,), "b": (0,)}, ["slot 0 goes from a to b: computed in about 10 s, not 12 s"])
 
 
+def test_what_a_worker_is_about_to_abandon_is_computed_by_another() -> None:
+    """It began the slot just before it was told not to."""
+    late = worker("a", 0, 1, told=(0,), computed=(0,), slot=1, num_done=1)
+    assert shared(late, worker("b", 2, 3, told=(1,)), missing=[1])[0] == {"a": (), "b": (1,)}
+
+
+def test_a_worker_without_slots_gets_none() -> None:
+    busy = worker("a", 0, 1, slot=0)
+    assert shared(busy, worker("b", slot=2, num_done=9), missing=[0, 1, 2]) == ({"a": (0, 1), "b": (2,)}, [])
+
+
 def test_without_a_known_speed_nothing_moves() -> None:
     first = [worker("a", 0, 1, inner_step_seconds=0.0, slot=0), worker("b", 2, inner_step_seconds=0.0, computed=(2,))]
     assert shared(*first, missing=[0, 1]) == ({"a": (0, 1), "b": ()}, [])
@@ -136,9 +147,10 @@ def test_every_open_slot_has_a_worker_whatever_happens() -> None:
             holds = tuple(slot for slot in range(num_slots) if holders[slot] == name)
             computed = tuple(slot for slot in holds if draws.random() < 0.3)
             left = [slot for slot in range(num_slots) if slot not in computed and slot not in begun]
+            told = tuple(draws.sample(range(num_slots), draws.randint(0, num_slots))) if draws.random() < 0.3 else None
+            left = [slot for slot in left if told is None or slot in told]
             slot = draws.choice(left) if left and draws.random() < 0.7 else None
             begun.add(slot)
-            told = tuple(draws.sample(range(num_slots), draws.randint(0, num_slots))) if draws.random() < 0.3 else None
             pace = draws.choice([0.0, 0.5, 1.0, 5.0])
             more: dict[str, Any] = {"computed": computed, "slot": slot, "num_done": draws.randint(0, 9)}
             workers.append(worker(name, *holds, told=told, inner_step_seconds=pace, **more))

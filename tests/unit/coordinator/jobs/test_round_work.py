@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
-from coordinator_fakes import SERVER, WORKER, Cluster, FakeNode, make_manifest, make_recipe, step_report
+from coordinator_fakes import (
+    PATIENCE_SECONDS,
+    SERVER,
+    WORKER,
+    Cluster,
+    FakeNode,
+    make_manifest,
+    make_recipe,
+    step_report,
+)
 
 from gradstream.coordinator.jobs import stalls
 from gradstream.coordinator.jobs.active import ActiveJob, GivenWork
@@ -40,6 +50,20 @@ def work_of(node: FakeNode) -> tuple[int, list[int], list[int]] | None:
     return (found[-1].version, list(found[-1].slots), list(found[-1].copies)) if found else None
 
 
+async def until_seen(cluster: Cluster, *nodes: FakeNode) -> None:
+    """Wait until the coordinator has heartbeats with these nodes' activities.
+
+    The servers' come last: without them nothing is decided, and a worker that seems to lack the version loses its slot.
+    """
+    wanted = {node.node_id: node.activity for node in nodes}
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            found = (await cluster.jobs.ListNodes(jobs_pb2.ListNodesRequest())).nodes
+            if all(wanted.get(node.node_id, node.activity) == node.activity for node in found):
+                return
+            await asyncio.sleep(0.02)
+
+
 async def until_work(node: FakeNode, version: int, slots: list[int], copies: list[int] | None = None) -> None:
     await node.until(lambda: work_of(node) == (version, slots, copies or []))
 
@@ -54,6 +78,7 @@ async def test_a_slow_slot_is_copied_and_ends_for_both_with_the_first(cluster: C
     assert (await slow.slots(1), await fast.slots(1)) == ([0], [1])
     slow.activity = computes(job_id, 0, 0, 2, inner_step_seconds=5.0)
     fast.activity = computes(job_id, 0, None, computed=[1], inner_step_seconds=0.5)
+    await until_seen(cluster, slow, fast)
     for server in servers:
         server.activity = accumulates(job_id, 0, 0, 1)
     line = "round 1: fast computes a copy of slot 0: in about 5 s, while slow needs 40 s more"
@@ -73,6 +98,7 @@ async def test_a_slow_slot_is_copied_and_ends_for_both_with_the_first(cluster: C
     await cluster.stub.ReportStep(step_report(job_id, 0, num_samples=40, num_tokens=320))
     slow.activity = computes(job_id, 1, 0, 1, inner_step_seconds=1.0)
     fast.activity = computes(job_id, 1, 1, 1, inner_step_seconds=1.0)
+    await until_seen(cluster, slow, fast)
     for server in servers:
         server.activity = accumulates(job_id, 1, 0)
     await until_work(fast, 1, [])  # its slot is complete: another one computed it
